@@ -1,14 +1,14 @@
-"""eval.py: any number of checkpoints on the same problems with the same luck: accuracy, length, and how sure we are.
+"""eval.py: checkpoints on the same problems with the same luck: accuracy, length, how sure we are.
 
     python eval.py ckpt/sft ckpt/rlvr ckpt/opsd
     python eval.py ckpt/rlvr ckpt/opsd --plot figure.svg --json result.json --samples samples.jsonl
 
-n responses to each problem. Standard errors and intervals treat the *problem* as the unit: responses to one problem are
-not independent of each other. From the second checkpoint on, the change against the one before is paired: the same
-problems, and the same stream of random numbers for each response, so that what is common to both cancels.
+n responses to each problem. Standard errors and intervals treat the *problem* as the unit: those
+to one problem are not independent. From the second checkpoint on, the change against the one before
+is paired: the same problems and random numbers for each response, so that what is common cancels.
 
-    pass@k = 1 - C(n - c, k) / C(n, k), the unbiased estimate from c correct of n  (Chen et al., arXiv 2107.03374, eq. 1)
-    maj@n  = is the most frequent answer correct (ties: the first seen)             (Wang et al., arXiv 2203.11171)
+    pass@k = 1 - C(n - c, k) / C(n, k), unbiased, from c correct of n    (arXiv 2107.03374, eq. 1)
+    maj@n  = is the most frequent answer correct (ties: the first seen)         (arXiv 2203.11171)
 """
 
 import argparse
@@ -25,33 +25,35 @@ import torch
 from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems, read_jsonl
 from verify import extract_answer, verify
 
-DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b", re.IGNORECASE)
+DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
+    re.IGNORECASE)
 
 
 def get_args():
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="checkpoint folders or Hugging Face names, in the order they were trained")
-    add("--data", help="a .jsonl file, used whole, or `arithmetic`; without it the held-out problems of what the first "
-        "checkpoint was trained on")  # fmt: skip
+    add("checkpoints", nargs="+", help="checkpoint folders or Hugging Face names, in order trained")
+    add("--data", help="a .jsonl file, used whole, or `arithmetic`; without it the held-out "
+        "problems of what the first checkpoint was trained on")
     add("--problems", type=int, default=400, help="how many problems at most")
     add("--n", type=int, default=4, help="responses to each problem")
     add("--k", type=int, help="of pass@k; default: --n")
     add("--max-new-tokens", type=int, default=192, help="a response is cut off (truncated) here")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")
     add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--json", metavar="FILE", help="write the figures as json")
     add("--plot", metavar="FILE", help="draw accuracy against length, .svg or .png")
-    add("--samples", metavar="FILE", help="write every response and how it was judged, a json line each")
+    add("--samples", metavar="FILE", help="write every response and its verdict, a json line each")
     args = parser.parse_args()
     args.k = args.k or args.n
     for name in ("problems", "n", "k", "max_new_tokens"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.k > args.n:
-        fail(f"--k {args.k}: pass@k needs at least k responses to each problem; raise --n (now {args.n})")
+        fail(f"--k {args.k}: pass@k needs at least k responses to each problem; raise --n "
+            f"(now {args.n})")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         fail(f"--plot {args.plot}: must end in .svg or .png")
     for path in filter(None, (args.json, args.plot, args.samples)):
@@ -60,7 +62,7 @@ def get_args():
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics
 
 
@@ -70,7 +72,7 @@ def pass_at_k(n, c, k):
 
 
 def majority_correct(texts, gold):
-    """1.0 if the most frequent extracted answer of a problem's responses is correct. Cut-off responses have none."""
+    """1.0 if a problem's most frequent extracted answer is correct. Cut-off responses have none."""
     answers = Counter(filter(None, map(extract_answer, texts)))
     return float(bool(answers) and verify(f"\\boxed{{{answers.most_common(1)[0][0]}}}", gold))
 
@@ -85,16 +87,18 @@ def mean_and_se(values):
 def bootstrap_interval(values, seed, resamples=2000):
     """95 % percentile interval of the mean of `values`, one a problem, by resampling problems."""
     values = torch.tensor(values, dtype=torch.float64)
-    index = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    return values[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    index = torch.randint(len(values), (resamples, len(values)),
+        generator=torch.Generator().manual_seed(seed))
+    return values[index].mean(1).quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One checkpoint
 
 
 def thinking_length(response_ids, tokenizer):
-    """Tokens up to and including </think>; the whole response where it is never closed, 0 where nothing was opened."""
+    """Tokens up to and including </think>; all if it is never closed, 0 if nothing was opened."""
     think, closed = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     if closed is not None and closed != tokenizer.unk_token_id and closed in response_ids:
         return response_ids.index(closed) + 1
@@ -105,31 +109,32 @@ def evaluate_checkpoint(path, problems, args):
     """-> the row of the table and of the json, and the same figures a problem, for pairing."""
     model, tokenizer = load_model(path, args.device)
     start = time.time()
-    rollouts = evaluate(
-        HFSampler(model, tokenizer), problems, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        n=args.n, seed=args.seed,
-    )  # fmt: skip
+    rollouts = evaluate(HFSampler(model, tokenizer), problems, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, n=args.n, seed=args.seed)
     seconds = time.time() - start
     groups = [rollouts[i : i + args.n] for i in range(0, len(rollouts), args.n)]
-    mean = lambda of: [sum(map(of, group)) / args.n for group in groups]  # noqa: E731  one figure a problem
+    mean = lambda of: [sum(map(of, group)) / args.n for group in groups]  # noqa: E731
     per_problem = {
         "accuracy": mean(lambda r: r.label == "correct"),
         "length": mean(lambda r: len(r.response_ids)),
         "think_length": mean(lambda r: thinking_length(r.response_ids, tokenizer)),
         "truncated": mean(lambda r: r.label == "truncated"),
         "doubt": mean(lambda r: len(DOUBT.findall(r.text))),
-        "pass_at_k": [pass_at_k(args.n, sum(r.label == "correct" for r in group), args.k) for group in groups],
-        "maj_at_k": [majority_correct([r.text for r in g if r.finished], g[0].problem.answer) for g in groups],
+        "pass_at_k": [pass_at_k(args.n, sum(r.label == "correct" for r in group), args.k)
+            for group in groups],
+        "maj_at_k": [majority_correct([r.text for r in g if r.finished], g[0].problem.answer)
+            for g in groups],
     }
     row = {"checkpoint": path}
     for name, values in per_problem.items():
         row[name], row[f"{name}_se"] = mean_and_se(values)
-    row |= {"problems": len(problems), "n": args.n, "k": args.k, "tok_s": sum(len(r.response_ids) for r in rollouts) / seconds}
+    row |= {"problems": len(problems), "n": args.n, "k": args.k,
+        "tok_s": sum(len(r.response_ids) for r in rollouts) / seconds}
     return row, per_problem, rollouts
 
 
 def paired_change(now, before, seed):
-    """Change of accuracy (absolute) and of length (relative to the mean before), each with a bootstrap 95 % interval."""
+    """Change of accuracy (absolute) and length (relative to before); 95 % bootstrap intervals."""
     accuracy = [b - a for a, b in zip(before["accuracy"], now["accuracy"])]
     base = sum(before["length"]) / len(before["length"])
     length = [(b - a) / base for a, b in zip(before["length"], now["length"])]
@@ -141,28 +146,28 @@ def paired_change(now, before, seed):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table and figure
 
 
 def print_table(rows):
     width = max(10, *(len(row["checkpoint"]) for row in rows))
     k, n = rows[0]["k"], rows[0]["n"]
-    print(f"\n{'checkpoint':{width}}  accuracy       length        think  truncated  doubt  {f'pass@{k}':7}  {f'maj@{n}':6}")
+    print(f"\n{'checkpoint':{width}}  accuracy       length        think  truncated  doubt  "
+        f"{f'pass@{k}':7}  {f'maj@{n}':6}")
     for row in rows:
-        print(
-            f"{row['checkpoint']:{width}}  {row['accuracy']:.3f} ± {row['accuracy_se']:.3f}  {row['length']:6.1f} ± "
-            f"{row['length_se']:3.1f}  {row['think_length']:6.1f}  {row['truncated']:9.3f}  {row['doubt']:5.2f}  "
-            f"{row['pass_at_k']:7.3f}  {row['maj_at_k']:6.3f}"
-        )
+        print(f"{row['checkpoint']:{width}}  {row['accuracy']:.3f} ± {row['accuracy_se']:.3f}  "
+            f"{row['length']:6.1f} ± {row['length_se']:3.1f}  {row['think_length']:6.1f}  "
+            f"{row['truncated']:9.3f}  {row['doubt']:5.2f}  {row['pass_at_k']:7.3f}  "
+            f"{row['maj_at_k']:6.3f}")
     if len(rows) > 1:
-        print(f"\n{'change against the one before':{width}}  accuracy, points (95 % interval)   length, % (95 % interval)")
+        print(f"\n{'change against the one before':{width}}  accuracy, points (95 % interval)   "
+            "length, % (95 % interval)")
     for row in rows[1:]:
         (a, b), (c, d) = row["accuracy_change_ci95"], row["length_change_ci95"]
-        print(
-            f"{row['checkpoint']:{max(width, 29)}}  {100 * row['accuracy_change']:+6.1f} ({100 * a:+.1f} to {100 * b:+.1f})"
-            f"{'':13}{100 * row['length_change']:+6.1f} ({100 * c:+.1f} to {100 * d:+.1f})"
-        )
+        print(f"{row['checkpoint']:{max(width, 29)}}  {100 * row['accuracy_change']:+6.1f} "
+            f"({100 * a:+.1f} to {100 * b:+.1f}){'':13}{100 * row['length_change']:+6.1f} "
+            f"({100 * c:+.1f} to {100 * d:+.1f})")
 
 
 def draw_figure(rows, path):
@@ -175,7 +180,8 @@ def draw_figure(rows, path):
     lengths, accuracies = [row["length"] for row in rows], [100 * row["accuracy"] for row in rows]
     axes.plot(lengths, accuracies, color="0.8", zorder=1)
     for row, x, y in zip(rows, lengths, accuracies):
-        axes.errorbar(x, y, xerr=1.96 * row["length_se"], yerr=196 * row["accuracy_se"], fmt="o", capsize=3)
+        axes.errorbar(x, y, xerr=1.96 * row["length_se"], yerr=196 * row["accuracy_se"], fmt="o",
+            capsize=3)
         axes.annotate(row["checkpoint"], (x, y), xytext=(6, 6), textcoords="offset points")
     axes.set(xlabel="response length (tokens)", ylabel="accuracy (%)")
     axes.margins(0.2)
@@ -186,11 +192,13 @@ def draw_figure(rows, path):
 def main():
     args = get_args()
     data = args.data or default_data(args.checkpoints[0])
-    problems = read_jsonl(data) if args.data and Path(args.data).is_file() else load_problems(data)[1]
+    problems = (read_jsonl(data) if args.data and Path(args.data).is_file()
+        else load_problems(data)[1])
     problems = problems[: args.problems]
     if not problems:
         fail(f"--data {data}: holds no problem")
-    print(f"data: {data} ({len(problems)} problems, {'the whole file' if args.data else 'held out'}; {args.n} responses to each)")
+    print(f"data: {data} ({len(problems)} problems, "
+        f"{'the whole file' if args.data else 'held out'}; {args.n} responses to each)")
     rows, before = [], None
     if args.samples:
         Path(args.samples).write_text("")
@@ -202,9 +210,11 @@ def main():
         if args.samples:
             with open(args.samples, "a", encoding="utf-8") as file:
                 for r in rollouts:
-                    line = {"checkpoint": path, "problem": r.problem.problem, "gold": r.problem.answer, "response": r.text,
-                            "extracted": extract_answer(r.text), "label": r.label, "length": len(r.response_ids),
-                            "finish": "eos" if r.finished else "length"}  # fmt: skip
+                    line = {"checkpoint": path, "problem": r.problem.problem,
+                        "gold": r.problem.answer, "response": r.text,
+                        "extracted": extract_answer(r.text), "label": r.label,
+                        "length": len(r.response_ids),
+                        "finish": "eos" if r.finished else "length"}
                     file.write(json.dumps(line) + "\n")
     print_table(rows)
     if args.json:

@@ -1,24 +1,22 @@
 """opsd.py: on-policy self-distillation, the third stage: SFT -> RLVR -> OPSD (arXiv 2605.06188).
 
-    python opsd.py --only-correct --init ckpt/rlvr           # the built-in world: under a minute on 2 cores
-    python opsd.py --only-incorrect --init ckpt/rlvr         # the paper's counter-example; neither flag: all rollouts
+    python opsd.py --only-correct --init ckpt/rlvr      # the built-in world: a minute on 2 cores
+    python opsd.py --only-incorrect --init ckpt/rlvr    # the paper's counter-example; neither: all
 
-The model is its own teacher. The student samples y given the problem x; the teacher, the same weights as they were at
-step 0, scores the same y given x and privileged context c (a reference solution). Every position is pulled from what the
-student would say next to what it would say if it knew the solution:
+The model is its own teacher. The student samples y given the problem x; the teacher, the same
+weights at step 0, scores the same y given x and privileged context c (a reference solution).
+Every position is pulled from what the student would say to what it would say if it knew c:
 
-    L = E_{x, y ~ pi_S(.|x)} [ 1/|y| * sum_t KL( pi_S(.|x, y_<t) || pi_T(.|x, c, y_<t) ) ]        pi_T: no gradient
+    L = E_{x, y ~ pi_S(.|x)} [ 1/|y| * sum_t KL( pi_S(.|x, y_<t) || pi_T(.|x, c, y_<t) ) ]
 
-over the full vocabulary, in fp32, a mean over each response and then over the kept responses. The paper's claim: on
-correct responses this shortens and keeps accuracy; on incorrect ones it costs accuracy.
+over the full vocabulary, in fp32, no gradient through pi_T; a mean over each response, then over
+the kept. The paper: on correct ones this shortens and keeps accuracy, on incorrect ones it harms.
 
-The divergence is the loss, differentiated through the student's logits. (As a policy-gradient advantage it would do
-nothing: a full-vocabulary KL does not depend on the sampled token, so its expected gradient is zero.)
+The divergence is the loss, differentiated through the student's logits. (As a policy-gradient
+advantage it does nothing: the same for any sampled token, its expected gradient is zero.)
 
-Memory: full-vocabulary logits of a batch would be the largest tensors of the run. The divergence is computed on chunks of
-tokens and recomputed in the backward pass (rollout.in_chunks), so logits exist for one chunk at a time.
-
-Left out: top-k or sampled-token divergences, several GPUs.
+Memory: logits of a batch would be the run's largest tensors; they exist a chunk of tokens at a time
+(rollout.in_chunks). Left out: top-k or sampled-token divergences, several GPUs.
 """
 
 import argparse
@@ -34,9 +32,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import HFSampler, check_context, collate, default_data, draw, evaluate, fail, in_chunks, label_rollouts
-from rollout import load_model, load_problems, micro_batches, recover_checkpoint, render_prompt, require_solutions
-from rollout import response_hidden_states, summarize
+from rollout import HFSampler, check_context, collate, default_data, draw, evaluate, fail, in_chunks
+from rollout import label_rollouts, load_model, load_problems, micro_batches, recover_checkpoint
+from rollout import render_prompt, require_solutions, response_hidden_states, summarize
 
 
 def get_args():
@@ -46,43 +44,45 @@ def get_args():
     add("--only-correct", action="store_true", help="train on correct rollouts only: compresses")
     add("--only-incorrect", action="store_true", help="train on incorrect rollouts only: does harm")
     add("--truncated", choices=["incorrect", "correct", "drop"], default="incorrect",
-        help="what a rollout that was cut off counts as; the paper's code: incorrect")  # fmt: skip
+        help="what a rollout that was cut off counts as; the paper's code: incorrect")
     add("--divergence", choices=["reverse", "forward", "jsd", "split"], default="reverse",
-        help="reverse: KL(S||T), the paper's; forward: KL(T||S); split: reverse on correct, forward on the others")
-    add("--beta", type=float, default=0.5, help="of jsd, the teacher's weight in the mixture, above 0 and below 1")
-    add("--context", choices=["solution", "answer", "rollout", "concise", "none", "wrong-answer"], default="solution",
-        help="what the teacher is shown; rollout: what a correct sibling says after its thinking (--group-size > 1)")
-    add("--teacher", choices=["frozen", "refresh", "ema"], default="frozen", help="frozen: the weights of --init; "
-        "refresh: the student's, every --refresh-every steps; ema: their moving average")  # fmt: skip
-    add("--refresh-every", type=positive, default=50, help="steps between refreshes of --teacher refresh")
+        help="reverse: KL(S||T), the paper's; forward: KL(T||S); split: reverse on correct only")
+    add("--beta", type=float, default=0.5, help="of jsd: the teacher's weight, between 0 and 1")
+    add("--context", choices=["solution", "answer", "rollout", "concise", "none", "wrong-answer"],
+        default="solution", help="what the teacher is shown; rollout: a correct sibling's answer")
+    add("--teacher", choices=["frozen", "refresh", "ema"], default="frozen",
+        help="weights of --init; the student's, every --refresh-every steps; their moving average")
+    add("--refresh-every", type=positive, default=50, help="steps between refreshes of the teacher")
     add("--ema-decay", type=float, default=0.999, help="of --teacher ema")
     add("--group-size", type=positive, default=1, help="rollouts of each prompt")
-    add("--match-budget", action="store_true", help="sample on until --batch-size * --group-size rollouts are kept, "
-        "so that arms are compared at equal budgets; the paper trains on what one batch gives")  # fmt: skip
-    add("--max-refills", type=positive, default=20, help="batches that --match-budget may add to a step")
-    parser.set_defaults(init="ckpt/rlvr", out="ckpt/opsd", steps=40, batch_size=32, micro_batch_size=32, lr=5e-5)
-    parser.set_defaults(min_lr_ratio=1.0, warmup_steps=0, weight_decay=0.0, grad_clip=1.0, max_new_tokens=192)
-    parser.set_defaults(temperature=1.0, eval_every=20, save_every=20)
+    add("--match-budget", action="store_true", help="sample until --batch-size * --group-size are "
+        "kept, to compare arms at equal budgets; the paper trains on what one batch gives")
+    add("--max-refills", type=positive, default=20, help="batches --match-budget may add to a step")
+    parser.set_defaults(init="ckpt/rlvr", out="ckpt/opsd", steps=40, batch_size=32,
+        micro_batch_size=32, lr=5e-5, min_lr_ratio=1.0, warmup_steps=0, weight_decay=0.0,
+        grad_clip=1.0, max_new_tokens=192, temperature=1.0, eval_every=20, save_every=20)
     args = parse_args(parser)
     if args.only_correct and args.only_incorrect:
-        fail("--only-correct and --only-incorrect exclude each other; leave both out to train on all rollouts")
+        fail("--only-correct and --only-incorrect exclude each other; leave both out to train on "
+            "all rollouts")
     if not 0 < args.beta < 1:
-        fail(f"--beta {args.beta}: must lie between 0 and 1 (at the ends use --divergence forward or reverse)")
+        fail(f"--beta {args.beta}: must lie between 0 and 1 (at the ends use --divergence forward "
+            "or reverse)")
     if args.context == "rollout" and args.group_size < 2:
-        fail("--context rollout shows the teacher another rollout of the same problem: give --group-size 2 or more")
+        fail("--context rollout shows the teacher another rollout of the same problem: give "
+            "--group-size 2 or more")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
 def divergence(student_logits, teacher_logits, kind="reverse", beta=0.5, is_correct=None):
-    """Divergence of student S and teacher T at each position, over the full vocabulary: (N, V), (N, V) -> (N,), fp32.
-
-    jsd: beta * KL(T||M) + (1 - beta) * KL(S||M), M = beta * T + (1 - beta) * S (GKD, arXiv 2306.13649, eq. 1); vanishes
-    at both ends of beta. split needs is_correct (N,) bool. The teacher's logits must carry no gradient.
-    """
+    """Divergence of student S and teacher T at each position, in fp32: (N, V), (N, V) -> (N,).
+    jsd: beta * KL(T||M) + (1 - beta) * KL(S||M), M = beta * T + (1 - beta) * S (GKD, arXiv
+    2306.13649, eq. 1), 0 at both ends of beta. split needs is_correct (N,) bool. The teacher's
+    logits must carry no gradient."""
     student = F.log_softmax(student_logits.float(), -1)
     teacher = F.log_softmax(teacher_logits.float(), -1)
     kl = lambda p, q: (p.exp() * (p - q)).sum(-1)  # noqa: E731  KL(p || q) of log-probs
@@ -96,43 +96,46 @@ def divergence(student_logits, teacher_logits, kind="reverse", beta=0.5, is_corr
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
-def chunked_divergence(student_hidden, teacher_hidden, student_head, teacher_head, is_correct, kind, beta, temperature=1.0):
-    """`divergence` from hidden states (N, H), one chunk of logits at a time -> (N,). Same value, same gradient."""
+def chunked_divergence(student_hidden, teacher_hidden, student_head, teacher_head, is_correct,
+        kind, beta, temperature=1.0):
+    """`divergence` from hidden states (N, H), in chunks -> (N,). Same value, same gradient."""
 
     def of_chunk(student_chunk, teacher_chunk, correct_chunk):
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_chunk) / temperature
-        return (divergence(student_head(student_chunk) / temperature, teacher_logits, kind, beta, correct_chunk),)
+        return (divergence(student_head(student_chunk) / temperature, teacher_logits, kind, beta,
+            correct_chunk),)
 
-    return in_chunks(of_chunk, student_head.out_features, student_hidden, teacher_hidden, is_correct)[0]
+    return in_chunks(of_chunk, student_head.out_features, student_hidden, teacher_hidden,
+        is_correct)[0]
 
 
 def token_divergence(student, teacher, rollouts, teacher_prompts, args):
     """Per-token divergence (N,) of some rollouts, response after response, N = all their tokens.
-
-    Student and teacher read the same response ids after prompts of different width; only hidden states of response
-    tokens are kept, in the same order on both sides.
-    """
+    Student and teacher read the same response ids after prompts of different width; only hidden
+    states of response tokens are kept, in the same order on both sides."""
     responses = [r.response_ids for r in rollouts]
-    student_hidden = response_hidden_states(student, *collate([r.prompt_ids for r in rollouts], responses, student.device))
+    student_hidden = response_hidden_states(student,
+        *collate([r.prompt_ids for r in rollouts], responses, student.device))
     with torch.no_grad():
-        teacher_hidden = response_hidden_states(teacher, *collate(teacher_prompts, responses, student.device))
-    is_correct = torch.tensor([r.label == "correct" for r in rollouts for _ in r.response_ids], device=student.device)
-    return chunked_divergence(
-        student_hidden, teacher_hidden, student.get_output_embeddings(), teacher.get_output_embeddings(),
-        is_correct, args.divergence, args.beta, args.temperature,
-    )  # fmt: skip
+        teacher_hidden = response_hidden_states(teacher,
+            *collate(teacher_prompts, responses, student.device))
+    is_correct = torch.tensor([r.label == "correct" for r in rollouts for _ in r.response_ids],
+        device=student.device)
+    return chunked_divergence(student_hidden, teacher_hidden, student.get_output_embeddings(),
+        teacher.get_output_embeddings(), is_correct, args.divergence, args.beta, args.temperature)
 
 
 def accumulate_gradients(student, teacher, rollouts, teacher_prompts, args):
-    """Adds the gradient of the batch's loss to .grad -> loss, and each rollout's divergences as [(rollout, (|y|,))]."""
+    """Adds the gradient of the batch's loss to .grad -> loss, [(rollout, divergences (|y|,))]."""
     loss, measured = 0.0, []
     items = list(zip(rollouts, teacher_prompts))
-    for micro in micro_batches(items, args.micro_batch_size, lambda x: len(x[1]) + len(x[0].response_ids)):
+    for micro in micro_batches(items, args.micro_batch_size,
+            lambda x: len(x[1]) + len(x[0].response_ids)):
         micro_rollouts, micro_prompts = zip(*micro)
         values = token_divergence(student, teacher, micro_rollouts, micro_prompts, args)  # (N,)
         per_response = values.split([len(r.response_ids) for r in micro_rollouts])
-        micro_loss = sum(v.mean() for v in per_response) / len(rollouts)  # rollouts: of the whole batch
+        micro_loss = sum(v.mean() for v in per_response) / len(rollouts)  # of the whole batch
         if micro_loss.requires_grad:
             micro_loss.backward()
         loss += micro_loss.item()
@@ -140,7 +143,7 @@ def accumulate_gradients(student, teacher, rollouts, teacher_prompts, args):
     return loss, measured
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which rollouts, and what the teacher is shown
 
 
@@ -151,69 +154,64 @@ def is_kept(rollout, args):
         if args.truncated == "drop":
             return False
         label = args.truncated
-    return not (args.only_correct and label != "correct") and not (args.only_incorrect and label != "incorrect")
+    return (not (args.only_correct and label != "correct")
+        and not (args.only_incorrect and label != "incorrect"))
 
 
-def teacher_prompt(tokenizer, rollout, siblings, problems, args):
-    """The teacher's prompt ids, or None if there is nothing to show (no correct sibling)."""
+def privileged_context(rollout, siblings, batch, context):
+    """-> a key of rollout.PRIVILEGED and its text; () for no context; None: nothing to show."""
     problem = rollout.problem
-    if args.context == "solution":
-        return render_prompt(tokenizer, problem, "solution", problem.solution)
-    if args.context == "answer":
-        return render_prompt(tokenizer, problem, "answer", problem.answer)
-    if args.context == "wrong-answer":  # a control: another problem's answer
-        return render_prompt(tokenizer, problem, "answer", wrong_answer(problem, problems))
-    if args.context == "rollout":
-        texts = [r.text.rpartition("</think>")[2].strip() for r in siblings if r is not rollout and r.label == "correct"]
-        return render_prompt(tokenizer, problem, "solution", texts[0]) if texts else None
-    return render_prompt(tokenizer, problem, "concise" if args.context == "concise" else None)
-
-
-def wrong_answer(problem, problems):
-    start = problems.index(problem)
-    others = (problems[(start + i) % len(problems)].answer for i in range(1, len(problems)))
-    return next((answer for answer in others if answer != problem.answer), problem.answer + "1")
+    if context == "rollout":  # SDPO's: what a correct sibling says after its thinking
+        texts = [r.text.rpartition("</think>")[2].strip() for r in siblings
+            if r is not rollout and r.label == "correct"]
+        return ("solution", texts[0]) if texts else None
+    if context == "wrong-answer":  # a control: the answer of the next problem that has another
+        start = next(i for i, p in enumerate(batch) if p is problem)
+        others = [p.answer for p in batch[start:] + batch[:start] if p.answer != problem.answer]
+        return ("answer", others[0] if others else problem.answer + "1")
+    return {"solution": ("solution", problem.solution), "answer": ("answer", problem.answer),
+        "concise": ("concise",)}.get(context, ())
 
 
 def sample_rollouts(sampler, problems, state, args):
-    """-> the rollouts of the first batch, all kept ones with their teacher prompts, and how many were sampled.
-
-    Moves state["cursor"], the position in the data, which also seeds the sampler.
-    """
-    first, kept, sampled, budget = [], [], 0, args.batch_size * args.group_size
+    """-> all rollouts with their teacher prompts (None: nothing to show), and those that are kept.
+    Moves state["cursor"], the position in the data, which also seeds the sampler."""
+    everything, kept, budget = [], [], args.batch_size * args.group_size
     for _ in range(1 + (args.max_refills if args.match_budget else 0)):
         batch = draw(problems, state["cursor"], args.batch_size, args.seed)
-        rollouts = sampler.generate(
-            [render_prompt(sampler.tokenizer, p) for p in batch], args.group_size, max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, seed=args.seed * 1_000_003 + state["cursor"],
-        )  # fmt: skip
+        rollouts = sampler.generate([render_prompt(sampler.tokenizer, p) for p in batch],
+            args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            seed=args.seed * 1_000_003 + state["cursor"])
         state["cursor"] += args.batch_size
         label_rollouts(rollouts, batch, sampler.tokenizer)
-        shown = []
         for i, rollout in enumerate(rollouts):
-            start = i - i % args.group_size
-            siblings = rollouts[start : start + args.group_size]
-            shown.append((rollout, teacher_prompt(sampler.tokenizer, rollout, siblings, problems, args)))
-        shown = [(r, prompt) for r, prompt in shown if prompt is not None]
-        first, sampled = first or shown, sampled + len(rollouts)
-        kept += [(r, prompt) for r, prompt in shown if is_kept(r, args)]
-        if len(kept) >= budget:
+            first = i - i % args.group_size
+            shown = privileged_context(
+                rollout, rollouts[first : first + args.group_size], batch, args.context)
+            prompt = None if shown is None else render_prompt(
+                sampler.tokenizer, rollout.problem, *shown)
+            everything.append((rollout, prompt))
+            if prompt is not None and is_kept(rollout, args) and len(kept) < budget:
+                kept.append((rollout, prompt))
+        if len(kept) == budget:
             break
-    return first, kept[:budget], sampled
+    return everything, kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
 def split_by_label_and_position(measured):
     """Mean divergence by label, and by first, middle and last third of the response."""
-    parts = {f"distill/kl_{name}": [] for name in ["correct", "incorrect", "truncated", "first", "middle", "last"]}
+    parts = {f"distill/kl_{name}": []
+        for name in ["correct", "incorrect", "truncated", "first", "middle", "last"]}
     for rollout, values in measured:
         parts[f"distill/kl_{rollout.label}"].append(values)
         for name, third in zip(["first", "middle", "last"], values.tensor_split(3)):
             parts[f"distill/kl_{name}"].append(third)
-    return {key: torch.cat(values).mean().item() for key, values in parts.items() if sum(map(len, values))}
+    return {key: torch.cat(values).mean().item() for key, values in parts.items()
+        if sum(map(len, values))}
 
 
 @torch.no_grad()
@@ -228,7 +226,8 @@ def update_teacher(step, teacher, student, args):
 
 def run(args):
     train, heldout = load_problems(args.data)
-    print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)", flush=True)
+    print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
+        flush=True)
     if args.context == "solution":
         require_solutions(train, args.data, "the teacher is shown (or choose another --context)")
     student, tokenizer = load_model(args.out if args.resume else args.init, args.device)
@@ -240,45 +239,46 @@ def run(args):
         teacher.load_state_dict(state["teacher"])
     sampler, heldout = HFSampler(student, tokenizer), heldout[: args.eval_problems]
     interrupt = Interrupt(args, state["step"])
-    state = {"skipped": 0, "short": 0, **state}
+    state, budget = {"skipped": 0, "short": 0, **state}, args.batch_size * args.group_size
     if not args.resume:
         measure(0, sampler, heldout, args)
 
     for step in range(state["step"] + 1, args.steps + 1):
         start = time.time()
-        first, kept, sampled_count = sample_rollouts(sampler, train, state, args)
+        everything, kept = sample_rollouts(sampler, train, state, args)
         sampled = time.time()
-        metrics = {f"distill/{k}" if k == "accuracy" else k: v for k, v in summarize([r for r, _ in first]).items()}
-        budget = args.batch_size * args.group_size
-        metrics |= {"distill/kept": len(kept), "distill/kept_frac": len(kept) / sampled_count}
+        metrics = summarize([r for r, _ in everything])
+        metrics |= {"distill/accuracy": metrics.pop("accuracy"),
+            "distill/kept_frac": len(kept) / len(everything)}
         state["short"] += args.match_budget and len(kept) < budget
         loss, measured = 0.0, []
         if kept:
-            for rollout, prompt in kept:
-                check_context(student, len(prompt), len(rollout.response_ids), "teacher's prompt")
+            longest, prompt = max(kept, key=lambda x: len(x[1]) + len(x[0].response_ids))
+            check_context(student, len(prompt), len(longest.response_ids), "teacher's prompt")
             loss, measured = accumulate_gradients(student, teacher, *zip(*kept), args)
             metrics |= optimizer_step(step, student, optimizer, loss, args)
             update_teacher(step, teacher, student, args)
         else:
             state["skipped"] += 1
-        # What the first batch holds beyond the kept ones is measured too, without a gradient: the KL by label tells most.
-        others = [x for x in first if not any(x[0] is r for r, _ in kept)]
+        # What the first batch holds beyond the kept rollouts is measured too, without a gradient:
+        # the KL by label tells most. Of what --match-budget adds, only the kept are measured.
+        trained = {id(r) for r, _ in kept}
+        others = [x for x in everything[:budget] if id(x[0]) not in trained and x[1] is not None]
         if others:
             with torch.no_grad():
                 measured += accumulate_gradients(student, teacher, *zip(*others), args)[1]
         metrics |= {"distill/kl": loss, **split_by_label_and_position(measured)}
         sampler.sync(student)
-        tokens = sum(len(r.response_ids) for r, _ in first)
+        tokens = sum(len(r.response_ids) for r, _ in everything)
         metrics |= {"time/rollout": sampled - start, "time/train": time.time() - sampled}
+        metrics["perf/tok_s"] = tokens / metrics["time/rollout"]
         append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **metrics}])
-        log_samples(args, step, "train", [r for r, _ in first][:16])
-        print(
-            f"opsd  {step:5d}/{args.steps} | kl {loss:.4f} (correct {metrics.get('distill/kl_correct', math.nan):.4f}, "
-            f"incorrect {metrics.get('distill/kl_incorrect', math.nan):.4f}) | kept {len(kept):3d}/{sampled_count:3d} | "
-            f"accuracy {metrics['distill/accuracy']:.3f} | length {metrics['response/len_mean']:6.1f} | "
-            f"{time.time() - start:4.1f} s",
-            flush=True,
-        )
+        log_samples(args, step, "train", [r for r, _ in everything[:16]])
+        print(f"opsd  {step:5d}/{args.steps} | kl {loss:.4f} "
+            f"(correct {metrics.get('distill/kl_correct', math.nan):.4f}, "
+            f"incorrect {metrics.get('distill/kl_incorrect', math.nan):.4f}) | kept {len(kept):3d}/"
+            f"{len(everything):3d} | accuracy {metrics['distill/accuracy']:.3f} | length "
+            f"{metrics['response/len_mean']:6.1f} | {time.time() - start:4.1f} s", flush=True)
         if args.teacher != "frozen":
             state["teacher"] = teacher.state_dict()
         finish_step(step, student, tokenizer, sampler, heldout, optimizer, state, interrupt, args)
@@ -286,12 +286,13 @@ def run(args):
     if state["skipped"]:
         print(f"{state['skipped']} of {args.steps} steps had no rollout to keep and were skipped")
     if state["short"]:
-        print(f"{state['short']} of {args.steps} steps kept fewer than {budget} rollouts after {args.max_refills} refills")
+        print(f"{state['short']} of {args.steps} steps kept fewer than {budget} rollouts after "
+            f"{args.max_refills} refills")
     print(f"next: python eval.py {args.init} {args.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same, word for word, in sft.py, rlvr.py and opsd.py (tests/test_blocks.py compares): flags, run folder, optimizer
+# --------------------------------------------------------------------------------------------------
+# The same, word for word, in sft.py, rlvr.py and opsd.py (a test compares): flags, run, optimizer
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -306,25 +307,26 @@ def add_common_flags(parser):
     add = parser.add_argument_group("the same in every stage").add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", help="folder of this run: checkpoint, args.json, metrics.jsonl, samples.jsonl")
-    add("--data", help="a .jsonl file, or `arithmetic`, the built-in world; default: what --init was trained on")
+    add("--data", help=".jsonl file or `arithmetic` (built in); default: what --init trained on")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
-    add("--micro-batch-size", type=positive, help="sequences a forward pass: for memory, does not change the gradient")
+    add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
     add("--lr", type=float, help="learning rate of AdamW, at its peak")
-    add("--min-lr-ratio", type=float, help="a cosine takes the rate down to this share of --lr; 1: constant")
+    add("--min-lr-ratio", type=float, help="a cosine ends at this share of --lr; 1: constant")
     add("--warmup-steps", type=int, help="steps of linear warm-up")
     add("--weight-decay", type=float, help="AdamW's, on weight matrices")
     add("--grad-clip", type=float, help="gradient norm above which it is scaled down")
     add("--max-new-tokens", type=positive, help="a sampled response is cut off (truncated) here")
-    add("--temperature", type=float, help="of sampling, and of the log-probs that score the samples")
-    add("--seed", type=int, default=0, help="of data order and sampling (and of the weights of a model from scratch)")
+    add("--temperature", type=float, help="of sampling, and of the log-probs that score samples")
+    add("--seed", type=int, default=0, help="of data order, sampling, and a new model's weights")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation; weights stay float32")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the computation; weights stay float32")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
-    add("--save-every", type=positive, help="steps between two saves; the last step is always saved")
-    add("--resume", action="store_true", help="go on from --out, with the flags it was started with")
-    add("--stop-after", type=positive, help="save and stop after so many steps of this call, as Ctrl-C would")
+    add("--save-every", type=positive, help="steps between two saves; the last is always saved")
+    add("--resume", action="store_true", help="go on from --out, with its own flags")
+    add("--stop-after", type=positive, help="save and stop after so many steps, as Ctrl-C would")
     add("--overwrite", action="store_true", help="delete what --out holds and start anew")
 
 
@@ -335,13 +337,14 @@ def positive(text):
 
 
 def parse_args(parser):
-    """The flags; with --resume the saved ones, and any that is given must agree. Refuses a folder that is in use."""
+    """The flags; with --resume the saved ones, any given must agree. Refuses a folder in use."""
     args = parser.parse_args()
     out = Path(args.out)
     recover_checkpoint(out)
     if args.resume:
         if not (out / "trainer_state.pt").is_file():
-            fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's folder with --out)")
+            fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's "
+                "folder with --out)")
         saved = json.loads((out / "args.json").read_text())
         free = {"resume", "stop_after", "overwrite", "out", "device"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in free})
@@ -351,9 +354,11 @@ def parse_args(parser):
             flags = ", ".join(f"--{k.replace('_', '-')} (was {saved.get(k)})" for k in changed)
             fail(f"--resume: {out} was started with other flags: {flags}; leave them out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
-        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names another folder")
+        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names "
+            "another folder")
     if args.init and Path(args.init).resolve() == out.resolve():
-        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts from")
+        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts "
+            "from")
     args.data = args.data or default_data(args.init)
     return args
 
@@ -361,12 +366,13 @@ def parse_args(parser):
 def make_optimizer(model, args):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
 
 
 def optimizer_step(step, model, optimizer, loss, args):
-    """One update at this step's learning rate -> metrics. A loss or gradient that is not finite ends the run unsaved."""
+    """One update at this step's rate -> metrics. A non-finite loss or gradient ends it unsaved."""
     progress = step / args.steps
     decay = args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
     lr = args.lr * decay * min(1.0, step / max(1, args.warmup_steps))
@@ -374,10 +380,9 @@ def optimizer_step(step, model, optimizer, loss, args):
         group["lr"] = lr
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        fail(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was updated or saved; "
-            f"what {args.out} holds is whole. Try a lower --lr or --dtype float32"
-        )
+        fail(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was "
+            f"updated or saved; what {args.out} holds is whole. "
+            "Try a lower --lr or --dtype float32")
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -392,14 +397,14 @@ def start_run(args, optimizer):
         return {"step": 0, "cursor": 0}
     state = torch.load(out / "trainer_state.pt", map_location=args.device)
     optimizer.load_state_dict(state.pop("optimizer"))
-    for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what was logged after the save
+    for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what came after the save
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
     return state
 
 
 def save_checkpoint(args, model, tokenizer, optimizer, state):
-    """Written beside, then renamed: a kill at any moment leaves a whole checkpoint (see rollout.recover_checkpoint)."""
+    """Written beside, then renamed: a kill leaves one whole checkpoint (recover_checkpoint)."""
     out, new, old = Path(args.out), Path(f"{args.out}.new"), Path(f"{args.out}.old")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -421,20 +426,22 @@ def append_jsonl(path, rows):
 
 def log_samples(args, step, kind, rollouts):
     row = lambda r: {  # noqa: E731
-        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer, "response": r.text,
-        "label": r.label, "length": len(r.response_ids), "finish": "eos" if r.finished else "length",
-    }  # fmt: skip
+        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer,
+        "response": r.text, "label": r.label, "length": len(r.response_ids),
+        "finish": "eos" if r.finished else "length"}
     append_jsonl(Path(args.out, "samples.jsonl"), map(row, rollouts))
 
 
 def measure(step, sampler, heldout, args):
-    """Accuracy and length on the same held-out problems with the same luck each time; prints and logs them."""
-    rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    row = {f"eval/{key.removeprefix('response/')}": value for key, value in summarize(rollouts).items()}
+    """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
+    rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature)
+    row = {f"eval/{key.removeprefix('response/')}": value
+        for key, value in summarize(rollouts).items()}
     append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **row}])
     log_samples(args, step, "eval", rollouts[:16])
-    accuracy, length, truncated = row["eval/accuracy"], row["eval/len_mean"], row["eval/truncated"]
-    print(f"eval  {step:5d} | accuracy {accuracy:.3f} | length {length:6.1f} | truncated {truncated:.3f}", flush=True)
+    print(f"eval  {step:5d} | accuracy {row['eval/accuracy']:.3f} | "
+        f"length {row['eval/len_mean']:6.1f} | truncated {row['eval/truncated']:.3f}", flush=True)
 
 
 class Interrupt:
@@ -446,7 +453,8 @@ class Interrupt:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        print("\nstopping after this step, saving; once more to stop at once and lose what is not saved", flush=True)
+        print("\nstopping after this step, saving; once more to stop at once and lose what "
+            "is not saved", flush=True)
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
 
@@ -463,14 +471,16 @@ def finish_step(step, model, tokenizer, sampler, heldout, optimizer, state, inte
     if last or stopping or step % args.save_every == 0:
         save_checkpoint(args, model, tokenizer, optimizer, {**state, "step": step})
     if stopping:
-        print(f"stopped after step {step}; go on with: python {sys.argv[0]} --resume --out {args.out}")
+        print(f"stopped after step {step}; go on with: "
+            f"python {sys.argv[0]} --resume --out {args.out}")
         raise SystemExit(130 if interrupt.asked else 0)
 
 
 def main():
     args = get_args()
-    # cache_enabled=False: autocast would otherwise keep the bfloat16 copies of weights that have since been updated.
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16", cache_enabled=False):
+    # cache_enabled=False: autocast would keep bfloat16 copies of weights that are updated since.
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16",
+            cache_enabled=False):
         run(args)
 
 

@@ -1,21 +1,22 @@
 """rlvr.py: reinforcement learning with verifiable rewards, the second stage: SFT -> RLVR -> OPSD.
 
-    python rlvr.py --init ckpt/sft                           # the built-in world: about 2 minutes on 2 cores
-    python rlvr.py --init ckpt/sft --data my.jsonl           # your problems
+    python rlvr.py --init ckpt/sft                       # the built-in world: 2 minutes on 2 cores
+    python rlvr.py --init ckpt/sft --data my.jsonl       # your problems
 
-GRPO (arXiv 2402.03300) as it is run today. For each of P prompts sample a group of G responses from the current policy;
-verify.py gives each a reward r of 1 or 0; a response's advantage is how far it stands out in its group,
+GRPO (arXiv 2402.03300) as run today. Sample G responses to each of P prompts from the policy;
+verify.py gives each a reward r of 1 or 0; its advantage is how far it stands out in its group,
 
-    A_i = (r_i - mean(r)) / std(r)                                   compute_group_normalized_rewards
-    L   = - 1/N sum_i sum_t min(rho A_i, clip(rho, 1 - low, 1 + high) A_i),   rho = pi(y_t) / pi_old(y_t)   grpo_clip_loss
+    A_i = (r_i - mean(r)) / std(r)                              compute_group_normalized_rewards
+    L   = - 1/N sum_i sum_t min(rho A_i, clip(rho, 1 - low, 1 + high) A_i)        grpo_clip_loss
 
-with pi_old the sampler's own log-probs and N the response tokens of all kept responses. What differs from the 2024 form,
-and who proposed it: a higher upper clip, the token mean, and groups without variance dropped (DAPO, arXiv 2503.14476);
---no-std and --loss-normalization constant (Dr. GRPO, arXiv 2503.20783); no KL term unless asked for.
+with rho = pi(y_t) / pi_old(y_t), log pi_old as the sampler gave it, N the tokens of all kept
+responses. What differs from the 2024 form, and who proposed it: a higher upper clip, token mean,
+groups without variance dropped (DAPO, arXiv 2503.14476); --no-std and --loss-normalization
+constant (Dr. GRPO, arXiv 2503.20783); no KL term unless asked for.
 
-With one update per batch rho is 1 up to rounding, the loss is near 0 and only its gradient matters: watch the reward.
+With one update a batch rho is about 1, the loss near 0 and its gradient not: watch the reward.
 
-Left out: a value network, a reward model, soft length penalties, asynchronous sampling, several GPUs.
+Left out: value network, reward model, soft length penalties, asynchronous sampling, several GPUs.
 """
 
 import argparse
@@ -29,40 +30,43 @@ from pathlib import Path
 
 import torch
 
-from rollout import HFSampler, collate, default_data, draw, evaluate, fail, label_rollouts, load_model, load_problems
-from rollout import micro_batches, recover_checkpoint, render_prompt, summarize, token_log_probs
+from rollout import HFSampler, collate, default_data, draw, evaluate, fail, label_rollouts
+from rollout import load_model, load_problems, micro_batches, recover_checkpoint, render_prompt
+from rollout import summarize, token_log_probs
 
 
 def get_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Formatter)
     add_common_flags(parser)
     add = parser.add_argument_group("rlvr").add_argument
-    add("--group-size", type=positive, default=8, help="responses to each prompt, compared with each other")
-    add("--std", action=argparse.BooleanOptionalAction, default=True, help="divide advantages by the group's std; "
-        "--no-std: very easy and very hard prompts weigh no more than others")  # fmt: skip
-    add("--clip-low", type=float, default=0.2, help="a ratio under 1 - this no longer lowers a probability")
-    add("--clip-high", type=float, default=0.28, help="a ratio over 1 + this no longer raises one; > low explores")
-    add("--ratio-cap", type=float, default=3.0, help="cap on policy/sampler ratios, which clipping leaves unbounded "
-        "where the advantage is negative: one mismatched token must not rule the step")  # fmt: skip
-    add("--updates-per-batch", type=positive, default=1, help="optimizer updates on each batch; 1 is on-policy")
+    add("--group-size", type=positive, default=8, help="responses to each prompt, to be compared")
+    add("--std", action=argparse.BooleanOptionalAction, default=True,
+        help="divide advantages by the group's std, so very easy and very hard prompts weigh more")
+    add("--clip-low", type=float, default=0.2, help="a ratio under 1 - this is pushed down no more")
+    add("--clip-high", type=float, default=0.28,
+        help="a ratio over 1 + this is pushed up no more; above --clip-low it explores")
+    add("--ratio-cap", type=float, default=3.0,
+        help="cap on policy/sampler ratios, which clipping leaves unbounded at negative advantage")
+    add("--updates-per-batch", type=positive, default=1, help="updates on a batch; 1 is on-policy")
     add("--loss-normalization", choices=["token", "sequence", "constant"], default="token",
-        help="mean over all tokens; of each response's mean; or sum over --max-new-tokens")  # fmt: skip
-    add("--kl-coef", type=float, default=0.0, help="weight of the KL to the initial policy (costs a second model)")
+        help="mean over all tokens; of each response's mean; or sum over --max-new-tokens")
+    add("--kl-coef", type=float, default=0.0, help="weight of the KL to --init (needs two models)")
     add("--truncated", choices=["penalize", "mask"], default="penalize",
-        help="a response that is cut off gets reward 0, or also no gradient")  # fmt: skip
-    add("--refill", type=int, default=0, help="up to so many fresh batches a step to replace groups without variance")
-    parser.set_defaults(init="ckpt/sft", out="ckpt/rlvr", steps=50, batch_size=32, micro_batch_size=64, lr=1e-4)
-    parser.set_defaults(min_lr_ratio=1.0, warmup_steps=5, weight_decay=0.0, grad_clip=1.0, max_new_tokens=192)
-    parser.set_defaults(temperature=1.0, eval_every=25, save_every=25)
+        help="a response that is cut off gets reward 0, or also no gradient")
+    add("--refill", type=int, default=0,
+        help="up to so many fresh batches a step to replace groups without variance")
+    parser.set_defaults(init="ckpt/sft", out="ckpt/rlvr", steps=50, batch_size=32,
+        micro_batch_size=64, lr=1e-4, min_lr_ratio=1.0, warmup_steps=5, weight_decay=0.0,
+        grad_clip=1.0, max_new_tokens=192, temperature=1.0, eval_every=25, save_every=25)
     return parse_args(parser)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
 def compute_group_normalized_rewards(rewards, group_size, use_std=True, eps=1e-6):
-    """Advantages (P * G,) from rewards (P * G,), group after group; population std. A group of equals gets zeros."""
+    """Advantages (P * G,) of rewards (P * G,), by group; population std. Equal rewards: zeros."""
     groups = rewards.view(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if use_std:
@@ -70,27 +74,29 @@ def compute_group_normalized_rewards(rewards, group_size, use_std=True, eps=1e-6
     return advantages.view(-1)
 
 
-def grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_high, ratio_cap=math.inf):
-    """Per-token loss (B, T) and whether the clip took its gradient (B, T), from (B, T), (B, T), (B, 1).
+def grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_high,
+        ratio_cap=math.inf):
+    """Per-token loss and whether the clip took its gradient, from (B, T), (B, T), (B, 1).
 
-    PPO's clipped objective (arXiv 1707.06347, eq. 7), with separate clips, and a cap on the ratio for A < 0.
+    PPO's clipped objective (arXiv 1707.06347, eq. 7), with separate clips, and a cap for A < 0.
     """
     ratio = torch.exp(policy_log_probs - old_log_probs).clamp(max=ratio_cap)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     unclipped_objective, clipped_objective = ratio * advantages, clipped * advantages
-    return -torch.min(unclipped_objective, clipped_objective), clipped_objective < unclipped_objective
+    return (-torch.min(unclipped_objective, clipped_objective),
+        clipped_objective < unclipped_objective)
 
 
 def kl_to_reference(policy_log_probs, ref_log_probs):
-    """Schulman's k3 estimate of KL(policy || reference) at each sampled token: r - 1 - log r >= 0, r = ref / policy."""
+    """Schulman's k3 estimate of KL(policy || ref) a token: r - 1 - log r >= 0, r = ref / policy."""
     log_ratio = ref_log_probs - policy_log_probs
     return torch.exp(log_ratio) - 1 - log_ratio
 
 
 def sequence_weights(lengths, normalization, max_new_tokens):
-    """What each token of a response weighs in the loss, (B,) from the lengths of the WHOLE batch (B,).
+    """What each token of a response weighs in the loss, (B,) from the WHOLE batch's lengths (B,).
 
-    token: 1/N, N all tokens.  sequence: 1/(B |y|).  constant: 1/(B L), which favours no length (Dr. GRPO).
+    token: 1/N, N all tokens.  sequence: 1/(B |y|).  constant: 1/(B L), length-neutral (Dr. GRPO).
     """
     if normalization == "token":
         return torch.ones_like(lengths) / lengths.sum()
@@ -100,29 +106,31 @@ def sequence_weights(lengths, normalization, max_new_tokens):
 
 
 def accumulate_gradients(model, reference, rollouts, advantages, args):
-    """Adds the gradient of the batch's loss to .grad, micro-batch by micro-batch; returns metrics, token means.
+    """Adds the gradient of the batch's loss to .grad, by micro-batches; returns token-mean metrics.
 
-    rollouts: those kept; advantages: one float each. The loss is a weighted sum, weights fixed before the split.
+    rollouts: those kept; advantages: a float each. A weighted sum, weights fixed before the split.
     """
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     weights = sequence_weights(lengths, args.loss_normalization, args.max_new_tokens)
     sums = dict.fromkeys(["loss", "entropy", "ratio/clip_frac", "kl/sample_train", "kl/ref"], 0.0)
     items = list(zip(rollouts, advantages, weights.tolist()))
-    for micro in micro_batches(items, args.micro_batch_size, lambda x: len(x[0].prompt_ids) + len(x[0].response_ids)):
+    for micro in micro_batches(items, args.micro_batch_size,
+            lambda x: len(x[0].prompt_ids) + len(x[0].response_ids)):
         micro_rollouts, micro_advantages, micro_weights = zip(*micro)
-        input_ids, response_mask = collate(
-            [r.prompt_ids for r in micro_rollouts], [r.response_ids for r in micro_rollouts], model.device
-        )
-        column = lambda values: torch.tensor(values, device=model.device)[:, None]  # noqa: E731  (B, 1)
+        input_ids, response_mask = collate([r.prompt_ids for r in micro_rollouts],
+            [r.response_ids for r in micro_rollouts], model.device)
+        column = lambda values: torch.tensor(values, device=model.device)[:, None]  # noqa: E731
         old_log_probs = torch.zeros(input_ids.shape, device=model.device)
-        old_log_probs[response_mask] = torch.tensor(sum((r.log_probs for r in micro_rollouts), []), device=model.device)
-        policy_log_probs, entropy = token_log_probs(model, input_ids, response_mask, args.temperature)
-        token_loss, clipped = grpo_clip_loss(
-            policy_log_probs, old_log_probs, column(micro_advantages), args.clip_low, args.clip_high, args.ratio_cap
-        )
+        old_log_probs[response_mask] = torch.tensor(
+            sum((r.log_probs for r in micro_rollouts), []), device=model.device)
+        policy_log_probs, entropy = token_log_probs(
+            model, input_ids, response_mask, args.temperature)
+        token_loss, clipped = grpo_clip_loss(policy_log_probs, old_log_probs,
+            column(micro_advantages), args.clip_low, args.clip_high, args.ratio_cap)
         if reference is not None:
             with torch.no_grad():
-                ref_log_probs, _ = token_log_probs(reference, input_ids, response_mask, args.temperature)
+                ref_log_probs, _ = token_log_probs(
+                    reference, input_ids, response_mask, args.temperature)
             kl_ref = kl_to_reference(policy_log_probs, ref_log_probs)
             token_loss = token_loss + args.kl_coef * kl_ref
             sums["kl/ref"] += kl_ref[response_mask].sum().item()
@@ -131,32 +139,34 @@ def accumulate_gradients(model, reference, rollouts, advantages, args):
         sums["loss"] += loss.item()
         sums["entropy"] += entropy[response_mask].sum().item()
         sums["ratio/clip_frac"] += clipped[response_mask].sum().item()
-        # KL(sampler || trainer): 0 up to rounding if both compute the same policy. The same k3, seen from the sampler.
-        sums["kl/sample_train"] += kl_to_reference(old_log_probs, policy_log_probs.detach())[response_mask].sum().item()
-    return {key: value if key == "loss" else value / lengths.sum().item() for key, value in sums.items()}
+        # KL(sampler || trainer), k3 from the sampler's side: 0 up to rounding if they are the same.
+        kl_train = kl_to_reference(old_log_probs, policy_log_probs.detach())
+        sums["kl/sample_train"] += kl_train[response_mask].sum().item()
+    return {key: value if key == "loss" else value / lengths.sum().item()
+        for key, value in sums.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
 def sample_groups(sampler, problems, state, args):
-    """Rollouts of batch_size prompts x group_size -> all rollouts, the kept ones with their advantages.
+    """batch_size prompts x group_size -> all rollouts, the kept, their advantages, groups kept.
 
-    Moves state["cursor"], the position in the data, which also seeds the sampler. A group whose rewards are all equal
-    teaches nothing and is dropped; with --refill, fresh groups take its place.
+    Moves state["cursor"], the position in the data, which also seeds the sampler. A group whose
+    rewards are all equal teaches nothing and is dropped; with --refill, fresh groups replace it.
     """
     everything, kept, kept_advantages, groups = [], [], [], 0
     for _ in range(1 + args.refill):
         batch = draw(problems, state["cursor"], args.batch_size, args.seed)
-        rollouts = sampler.generate(
-            [render_prompt(sampler.tokenizer, p) for p in batch], args.group_size, max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, seed=args.seed * 1_000_003 + state["cursor"],
-        )  # fmt: skip
+        rollouts = sampler.generate([render_prompt(sampler.tokenizer, p) for p in batch],
+            args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            seed=args.seed * 1_000_003 + state["cursor"])
         state["cursor"] += args.batch_size
         everything += label_rollouts(rollouts, batch, sampler.tokenizer)
         rewards = [float(r.label == "correct") for r in rollouts]  # truncated: 0
-        advantages = compute_group_normalized_rewards(torch.tensor(rewards), args.group_size, args.std).tolist()
+        advantages = compute_group_normalized_rewards(
+            torch.tensor(rewards), args.group_size, args.std).tolist()
         for start in range(0, len(rollouts), args.group_size):
             group = range(start, start + args.group_size)
             if groups == args.batch_size or len({rewards[i] for i in group}) == 1:
@@ -173,7 +183,8 @@ def sample_groups(sampler, problems, state, args):
 
 def run(args):
     train, heldout = load_problems(args.data)
-    print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)", flush=True)
+    print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
+        flush=True)
     model, tokenizer = load_model(args.out if args.resume else args.init, args.device)
     reference = load_model(args.init, args.device)[0] if args.kl_coef else None
     optimizer = make_optimizer(model, args)
@@ -193,27 +204,27 @@ def run(args):
         for update in range(args.updates_per_batch if kept else 0):
             of_update = accumulate_gradients(model, reference, kept, advantages, args)
             of_update |= optimizer_step(step, model, optimizer, of_update["loss"], args)
-            metrics = of_update | metrics if update == 0 else metrics | {"ratio/clip_frac": of_update["ratio/clip_frac"]}
+            metrics = (of_update | metrics if update == 0
+                else metrics | {"ratio/clip_frac": of_update["ratio/clip_frac"]})
         sampler.sync(model)
         tokens = sum(len(r.response_ids) for r in rollouts)
         metrics |= {"time/rollout": sampled - start, "time/train": time.time() - sampled}
         metrics["perf/tok_s"] = tokens / metrics["time/rollout"]
         append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **metrics}])
         log_samples(args, step, "train", rollouts[:16])
-        print(
-            f"rlvr  {step:5d}/{args.steps} | reward {metrics['reward/mean']:.3f} | "
-            f"length {metrics['response/len_mean']:6.1f} | truncated {metrics['response/truncated']:.3f} | "
-            f"zero-std {metrics['reward/frac_zero_std']:.2f} | entropy {metrics.get('entropy', math.nan):.3f} | "
-            f"grad {metrics.get('grad_norm', 0):6.3f} | {time.time() - start:5.1f} s",
-            flush=True,
-        )
+        print(f"rlvr  {step:5d}/{args.steps} | reward {metrics['reward/mean']:.3f} | "
+            f"length {metrics['response/len_mean']:6.1f} | "
+            f"truncated {metrics['response/truncated']:.3f} | "
+            f"zero-std {metrics['reward/frac_zero_std']:.2f} | "
+            f"entropy {metrics.get('entropy', math.nan):.3f} | "
+            f"grad {metrics.get('grad_norm', 0):6.3f} | {time.time() - start:5.1f} s", flush=True)
         finish_step(step, model, tokenizer, sampler, heldout, optimizer, state, interrupt, args)
 
     print(f"next: python opsd.py --only-correct --init {args.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same, word for word, in sft.py, rlvr.py and opsd.py (tests/test_blocks.py compares): flags, run folder, optimizer
+# --------------------------------------------------------------------------------------------------
+# The same, word for word, in sft.py, rlvr.py and opsd.py (a test compares): flags, run, optimizer
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -228,25 +239,26 @@ def add_common_flags(parser):
     add = parser.add_argument_group("the same in every stage").add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", help="folder of this run: checkpoint, args.json, metrics.jsonl, samples.jsonl")
-    add("--data", help="a .jsonl file, or `arithmetic`, the built-in world; default: what --init was trained on")
+    add("--data", help=".jsonl file or `arithmetic` (built in); default: what --init trained on")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
-    add("--micro-batch-size", type=positive, help="sequences a forward pass: for memory, does not change the gradient")
+    add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
     add("--lr", type=float, help="learning rate of AdamW, at its peak")
-    add("--min-lr-ratio", type=float, help="a cosine takes the rate down to this share of --lr; 1: constant")
+    add("--min-lr-ratio", type=float, help="a cosine ends at this share of --lr; 1: constant")
     add("--warmup-steps", type=int, help="steps of linear warm-up")
     add("--weight-decay", type=float, help="AdamW's, on weight matrices")
     add("--grad-clip", type=float, help="gradient norm above which it is scaled down")
     add("--max-new-tokens", type=positive, help="a sampled response is cut off (truncated) here")
-    add("--temperature", type=float, help="of sampling, and of the log-probs that score the samples")
-    add("--seed", type=int, default=0, help="of data order and sampling (and of the weights of a model from scratch)")
+    add("--temperature", type=float, help="of sampling, and of the log-probs that score samples")
+    add("--seed", type=int, default=0, help="of data order, sampling, and a new model's weights")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation; weights stay float32")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the computation; weights stay float32")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
-    add("--save-every", type=positive, help="steps between two saves; the last step is always saved")
-    add("--resume", action="store_true", help="go on from --out, with the flags it was started with")
-    add("--stop-after", type=positive, help="save and stop after so many steps of this call, as Ctrl-C would")
+    add("--save-every", type=positive, help="steps between two saves; the last is always saved")
+    add("--resume", action="store_true", help="go on from --out, with its own flags")
+    add("--stop-after", type=positive, help="save and stop after so many steps, as Ctrl-C would")
     add("--overwrite", action="store_true", help="delete what --out holds and start anew")
 
 
@@ -257,13 +269,14 @@ def positive(text):
 
 
 def parse_args(parser):
-    """The flags; with --resume the saved ones, and any that is given must agree. Refuses a folder that is in use."""
+    """The flags; with --resume the saved ones, any given must agree. Refuses a folder in use."""
     args = parser.parse_args()
     out = Path(args.out)
     recover_checkpoint(out)
     if args.resume:
         if not (out / "trainer_state.pt").is_file():
-            fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's folder with --out)")
+            fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's "
+                "folder with --out)")
         saved = json.loads((out / "args.json").read_text())
         free = {"resume", "stop_after", "overwrite", "out", "device"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in free})
@@ -273,9 +286,11 @@ def parse_args(parser):
             flags = ", ".join(f"--{k.replace('_', '-')} (was {saved.get(k)})" for k in changed)
             fail(f"--resume: {out} was started with other flags: {flags}; leave them out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
-        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names another folder")
+        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names "
+            "another folder")
     if args.init and Path(args.init).resolve() == out.resolve():
-        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts from")
+        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts "
+            "from")
     args.data = args.data or default_data(args.init)
     return args
 
@@ -283,12 +298,13 @@ def parse_args(parser):
 def make_optimizer(model, args):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
 
 
 def optimizer_step(step, model, optimizer, loss, args):
-    """One update at this step's learning rate -> metrics. A loss or gradient that is not finite ends the run unsaved."""
+    """One update at this step's rate -> metrics. A non-finite loss or gradient ends it unsaved."""
     progress = step / args.steps
     decay = args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
     lr = args.lr * decay * min(1.0, step / max(1, args.warmup_steps))
@@ -296,10 +312,9 @@ def optimizer_step(step, model, optimizer, loss, args):
         group["lr"] = lr
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        fail(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was updated or saved; "
-            f"what {args.out} holds is whole. Try a lower --lr or --dtype float32"
-        )
+        fail(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was "
+            f"updated or saved; what {args.out} holds is whole. "
+            "Try a lower --lr or --dtype float32")
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -314,14 +329,14 @@ def start_run(args, optimizer):
         return {"step": 0, "cursor": 0}
     state = torch.load(out / "trainer_state.pt", map_location=args.device)
     optimizer.load_state_dict(state.pop("optimizer"))
-    for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what was logged after the save
+    for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what came after the save
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
     return state
 
 
 def save_checkpoint(args, model, tokenizer, optimizer, state):
-    """Written beside, then renamed: a kill at any moment leaves a whole checkpoint (see rollout.recover_checkpoint)."""
+    """Written beside, then renamed: a kill leaves one whole checkpoint (recover_checkpoint)."""
     out, new, old = Path(args.out), Path(f"{args.out}.new"), Path(f"{args.out}.old")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -343,20 +358,22 @@ def append_jsonl(path, rows):
 
 def log_samples(args, step, kind, rollouts):
     row = lambda r: {  # noqa: E731
-        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer, "response": r.text,
-        "label": r.label, "length": len(r.response_ids), "finish": "eos" if r.finished else "length",
-    }  # fmt: skip
+        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer,
+        "response": r.text, "label": r.label, "length": len(r.response_ids),
+        "finish": "eos" if r.finished else "length"}
     append_jsonl(Path(args.out, "samples.jsonl"), map(row, rollouts))
 
 
 def measure(step, sampler, heldout, args):
-    """Accuracy and length on the same held-out problems with the same luck each time; prints and logs them."""
-    rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    row = {f"eval/{key.removeprefix('response/')}": value for key, value in summarize(rollouts).items()}
+    """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
+    rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature)
+    row = {f"eval/{key.removeprefix('response/')}": value
+        for key, value in summarize(rollouts).items()}
     append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **row}])
     log_samples(args, step, "eval", rollouts[:16])
-    accuracy, length, truncated = row["eval/accuracy"], row["eval/len_mean"], row["eval/truncated"]
-    print(f"eval  {step:5d} | accuracy {accuracy:.3f} | length {length:6.1f} | truncated {truncated:.3f}", flush=True)
+    print(f"eval  {step:5d} | accuracy {row['eval/accuracy']:.3f} | "
+        f"length {row['eval/len_mean']:6.1f} | truncated {row['eval/truncated']:.3f}", flush=True)
 
 
 class Interrupt:
@@ -368,7 +385,8 @@ class Interrupt:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        print("\nstopping after this step, saving; once more to stop at once and lose what is not saved", flush=True)
+        print("\nstopping after this step, saving; once more to stop at once and lose what "
+            "is not saved", flush=True)
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
 
@@ -385,14 +403,16 @@ def finish_step(step, model, tokenizer, sampler, heldout, optimizer, state, inte
     if last or stopping or step % args.save_every == 0:
         save_checkpoint(args, model, tokenizer, optimizer, {**state, "step": step})
     if stopping:
-        print(f"stopped after step {step}; go on with: python {sys.argv[0]} --resume --out {args.out}")
+        print(f"stopped after step {step}; go on with: "
+            f"python {sys.argv[0]} --resume --out {args.out}")
         raise SystemExit(130 if interrupt.asked else 0)
 
 
 def main():
     args = get_args()
-    # cache_enabled=False: autocast would otherwise keep the bfloat16 copies of weights that have since been updated.
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16", cache_enabled=False):
+    # cache_enabled=False: autocast would keep bfloat16 copies of weights that are updated since.
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16",
+            cache_enabled=False):
         run(args)
 
 

@@ -1,17 +1,17 @@
-"""rollout.py: from a problem to labelled, sampled responses. What must be the same in every stage to be correct.
+"""rollout.py: from a problem to labelled, sampled responses: what every stage must do the same way.
 
-    Problem -> render_prompt -> prompt ids -> HFSampler.generate -> Rollouts -> label_rollouts: correct|incorrect|truncated
+    Problem -> render_prompt -> prompt ids -> HFSampler.generate -> Rollouts -> label_rollouts
                                                                        |
-                per-token log-probs <- response_hidden_states <- input_ids, response_mask <- collate
+    log-probs <- response_hidden_states <- input_ids, response_mask <- collate
 
-In this order below: problems (a built-in arithmetic world, or your jsonl), the tiny model and its tokenizer, prompts,
-the sampler, labels, and what the three losses share: collation and log-probs.
+In this order below: problems (a built-in arithmetic world, or your jsonl), prompts, the tiny model
+and its tokenizer, the sampler, labels (correct, incorrect, truncated), what the three losses share.
 
 Three rules hold everywhere, because breaking any of them gives a bug that trains without complaint:
   - A sampled response stays token ids. It is decoded to be judged and read, never encoded again.
-  - A mask is made from lengths. Pad may equal EOS, and a mask made from pad_id would leave EOS untrained.
-  - Sequences are scored padded on the right: a causal model cannot see what comes later, so scoring needs no
-    attention mask and positions start at 0. Only the sampler pads on the left, and there the mask is passed.
+  - A mask is made from lengths. Pad may equal EOS, and a mask made from pad_id would not train EOS.
+  - Sequences are scored padded on the right: a causal model cannot see what comes later, so scoring
+    needs no attention mask and positions start at 0. Only the sampler pads left, and passes a mask.
 """
 
 import json
@@ -34,7 +34,7 @@ from transformers.cache_utils import DynamicLayer
 
 from verify import verify
 
-transformers.utils.logging.disable_progress_bar()  # the bars of loading and saving; sampling has its own
+transformers.utils.logging.disable_progress_bar()  # of loading and saving; sampling has its own
 
 
 def fail(message):
@@ -43,7 +43,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problems: the built-in arithmetic world
 
 
@@ -51,22 +51,22 @@ def fail(message):
 class Problem:
     problem: str  # what the model is asked
     answer: str  # the gold answer, which verify.py compares with
-    solution: str = ""  # a concise correct solution: what sft.py teaches from, what opsd.py's teacher reads
+    solution: str = ""  # concise and correct: sft.py teaches from it, opsd.py's teacher reads it
 
 
-SLIP, CHECK = 0.15, 0.45  # an ordinary writer: P(a first result is wrong), P(check it), and after a check check again
-NOTED_SLIP, NOTED_CHECK = 0.08, 0.03  # a writer who holds the solution: P(slip), P(check what agrees with the solution)
+SLIP, CHECK = 0.15, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
+PRIVILEGED_CHECK = 0.05  # a writer who holds the solution makes no slips and hardly ever checks
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 def make_arithmetic(rng):
-    """One problem of the built-in world: 3 to 6 numbers, worked from left to right, every value in 0..99."""
+    """One problem of the built-in world: 3 to 6 numbers, left to right, every value in 0..99."""
     value = rng.randint(2, 60)
     text, steps, last_op = str(value), [], "*"
     for _ in range(rng.randint(2, 5)):
         moves = [(op, b) for op in "+-" for b in range(2, 10)] + [("*", b) for b in range(2, 5)] * 3
         op, b = rng.choice([(op, b) for op, b in moves if 0 <= APPLY[op](value, b) <= 99])
-        # Parentheses wherever the usual precedence would read the chain otherwise: 2+3, then times 4, is (2+3)*4.
+        # Parentheses where precedence would read the chain otherwise: 2+3, times 4, is (2+3)*4.
         text = f"({text})*{b}" if op == "*" and last_op != "*" else f"{text}{op}{b}"
         result = APPLY[op](value, b)
         steps.append(f"{value}{op}{b}={result}.")
@@ -77,18 +77,19 @@ def make_arithmetic(rng):
 def demonstrate_arithmetic(problem, rng, privileged):
     """A demonstration: the chain worked aloud, verbose and fallible. Returns response text.
 
-    A first result is a slip (off by 1, 2 or 10) with probability SLIP, and the chain goes on from it. After each result
-    the writer checks with probability CHECK, again and again; a check is right, so it mends a slip. Whoever holds the
-    solution (`privileged`) sees when a result disagrees with it, checks then, and hardly ever else.
+    A first result is a slip (off by 1, 2 or 10) with probability SLIP; the chain goes on from it.
+    After each result the writer checks with probability CHECK, again and again; a check is right:
+    it mends a slip. Who holds the solution (`privileged`) makes no slips and hardly ever checks.
     """
+    slip, check = (0.0, PRIVILEGED_CHECK) if privileged else (SLIP, CHECK)
     thinking, value = [], None
     for first, op, b in re.findall(r"(\d+)([-+*])(\d+)=", problem.solution):
         value = int(first) if value is None else value
         right = written = APPLY[op](value, int(b))
-        if rng.random() < (NOTED_SLIP if privileged else SLIP):
+        if rng.random() < slip:
             written = max(0, right + rng.choice([-10, -2, -1, 1, 2, 10]))
         thinking.append(f"{value}{op}{b}={written}.")
-        while rng.random() < (CHECK if not privileged else 1 if written != right else NOTED_CHECK):
+        while rng.random() < check:
             thinking.append(f"Wait, {value}{op}{b}={right} {'ok' if written == right else 'no'}.")
             written = right
         value = written
@@ -99,12 +100,12 @@ def render_response(thinking, answer):
     return f"<think>{thinking}</think>\\boxed{{{answer}}}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problems: a file, and the split into train and held-out
 
 
 def read_jsonl(path):
-    """A line an object with `problem`, `answer` and, where a stage needs it, `solution`; GSM8K's form is understood."""
+    """A line an object: `problem`, `answer` and, for some stages, `solution`; or GSM8K's form."""
     problems = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -114,21 +115,24 @@ def read_jsonl(path):
         except json.JSONDecodeError as error:
             fail(f"{path}:{number}: not JSON ({error.msg})")
         row = row if isinstance(row, dict) else {}
-        text, answer, solution = row.get("problem", row.get("question")), row.get("answer"), row.get("solution", "")
+        text, answer = row.get("problem", row.get("question")), row.get("answer")
+        solution = row.get("solution", "")
         if text is None or answer is None:
-            fail(f"{path}:{number}: needs the keys `problem` and `answer` (or GSM8K's `question`); has {sorted(row)}")
-        if "####" in str(answer):  # GSM8K: the solution, with calculator marks <<48/2=24>>, then "#### gold"
+            fail(f"{path}:{number}: needs the keys `problem` and `answer` (or GSM8K's `question`); "
+                f"has {sorted(row)}")
+        if "####" in str(answer):  # GSM8K: solution with marks like <<48/2=24>>, then "#### gold"
             solution, answer = str(answer).rsplit("####", 1)
-            solution, answer = re.sub(r"<<[^>]*>>", "", solution).strip(), answer.strip().replace(",", "")
+            solution = re.sub(r"<<[^>]*>>", "", solution).strip()
+            answer = answer.strip().replace(",", "")
         problems.append(Problem(str(text), str(answer), str(solution)))
     return problems
 
 
 def load_problems(data):
-    """--data -> train problems, held-out problems. `arithmetic` is the built-in world, anything else a jsonl file.
+    """--data (`arithmetic`, the built-in world, or a jsonl file) -> train and held-out problems.
 
-    One problem in 20 is held out, chosen by a hash of its text: no problem is on both sides, and the same problems are
-    held out in every stage and for every seed.
+    One problem in 20 is held out, chosen by a hash of its text: no problem is on both sides, and
+    the same problems are held out in every stage and for every seed.
     """
     if data == "arithmetic":
         rng = random.Random(0)
@@ -136,21 +140,25 @@ def load_problems(data):
     elif Path(data).is_file():
         problems = read_jsonl(data)
     else:
-        fail(f"--data {data}: no such file (give a .jsonl file, or leave it out for the built-in arithmetic world)")
+        fail(f"--data {data}: no such file (give a .jsonl file, or leave it out for the built-in "
+            "arithmetic world)")
     hashes = [zlib.crc32(p.problem.encode()) for p in problems]
     distinct = sorted(set(hashes))
     if len(distinct) < 2:
-        fail(f"--data {data}: {len(distinct)} distinct problems; at least 2 are needed, one of them to be held out")
+        fail(f"--data {data}: {len(distinct)} distinct problems; at least 2 are needed, one of "
+            "them to be held out")
     cut = distinct[len(distinct) // 20]
-    return ([p for p, h in zip(problems, hashes) if h > cut], [p for p, h in zip(problems, hashes) if h <= cut])
+    return ([p for p, h in zip(problems, hashes) if h > cut],
+        [p for p, h in zip(problems, hashes) if h <= cut])
 
 
 def draw(items, start, count, seed):
-    """Items start..start+count of an endless stream: epoch after epoch, each in its own order, fixed by `seed`.
+    """Items start..start+count of an endless stream: epochs, each in its own order, set by `seed`.
 
-    Position and seed say everything: there is no state to save, and a resumed run sees what it would have seen.
+    Position and seed say everything: no state to save, and a resumed run sees what it would have.
     """
-    return [items[permutation(len(items), seed, k // len(items))[k % len(items)]] for k in range(start, start + count)]
+    return [items[permutation(len(items), seed, k // len(items))[k % len(items)]]
+        for k in range(start, start + count)]
 
 
 @lru_cache(maxsize=2)
@@ -172,11 +180,11 @@ def require_solutions(problems, data, why):
             fail(f"--data {data}: the problem {p.problem[:60]!r} has no `solution`, which {why}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 INSTRUCTION = "\nReason step by step; put the answer in \\boxed{}."
-PRIVILEGED = {  # what stands between the problem and the instruction in the teacher's prompt, by --context
+PRIVILEGED = {  # between the problem and the instruction in the teacher's prompt, by --context
     "solution": "\nA correct solution: {}\nSolve the problem yourself, without needless steps.",
     "answer": "\nThe correct answer: {}\nSolve the problem yourself, without needless steps.",
     "concise": "\nSolve the problem without needless steps.",
@@ -184,42 +192,39 @@ PRIVILEGED = {  # what stands between the problem and the instruction in the tea
 
 
 def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
-    """Problem -> prompt ids through the tokenizer's chat template. `context` is None (student) or a key of PRIVILEGED."""
-    content = problem.problem + (PRIVILEGED[context].format(privileged) if context else "") + INSTRUCTION
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=thinking, return_dict=False
-    )
+    """Problem -> prompt ids by chat template. `context`: None (student) or a key of PRIVILEGED."""
+    content = (problem.problem + (PRIVILEGED[context].format(privileged) if context else "")
+        + INSTRUCTION)
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}],
+        add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model: loaded, or made from scratch
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined"
+    " and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
 
 
 def make_tokenizer(texts, vocab_size=2048):
-    """Byte-level BPE trained on `texts`: digits one by one, <think> and </think> as tokens, pad and EOS distinct."""
+    """Byte-level BPE of `texts`: single digits, <think> and </think> as tokens, pad not EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=special,
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special,
+        show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>",
+        eos_token="<|end|>")
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -229,39 +234,34 @@ def make_model(tokenizer, seed):
     """A tiny Qwen3 (about 0.4 M parameters) with random weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.06,  # 1/sqrt(fan-in) or so; the usual 0.02 learns twice as slowly at this width
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=3,
+        num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=2048,
+        initializer_range=0.06,  # 1/sqrt(fan-in) or so; the usual 0.02 learns half as fast here
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen3ForCausalLM(config)
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint folder or a Hugging Face name -> model (fp32 weights, dropout off), tokenizer."""
+    """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     recover_checkpoint(path)
-    local = path.startswith((".", "/", "ckpt/")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+    local = (path.startswith((".", "/", "ckpt/")) or path.count("/") > 1
+        or ("/" in path and Path(path).parent.is_dir()))
     if local and not Path(path, "config.json").is_file():
-        fail(f"{path}: no checkpoint there (run the stage that makes it first, or name a Hugging Face model)")
+        fail(f"{path}: no checkpoint there (run the stage that makes it first, or name a Hugging "
+            "Face model)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        fail(f"{path}: cannot be loaded as a model with its tokenizer: {str(error).splitlines()[0]}")
+        fail(f"{path}: cannot be loaded as a model with its tokenizer: "
+            f"{str(error).splitlines()[0]}")
     return model.to(device).eval(), tokenizer
 
 
 def recover_checkpoint(path):
-    """A checkpoint is written to PATH.new, then PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the renames."""
+    """A save ends with PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the two renames."""
     path, old = Path(path), Path(f"{path}.old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -270,13 +270,12 @@ def recover_checkpoint(path):
 def check_context(model, prompt_tokens, new_tokens, whose="prompt"):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and prompt_tokens + new_tokens > limit:
-        fail(
-            f"a {whose} of {prompt_tokens} tokens and {new_tokens} for the response do not fit the model's context of "
-            f"{limit}: lower --max-new-tokens, or drop the long problems from --data"
-        )
+        fail(f"a {whose} of {prompt_tokens} tokens and {new_tokens} for the response do not fit "
+            f"the model's context of {limit}: lower --max-new-tokens, or drop the long problems "
+            "from --data")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -296,16 +295,17 @@ class Rollout:
 class HFSampler:
     """Samples from any transformers causal LM with a KV cache.
 
-    What makes it faster than `model.generate`: a group's prompt is computed once and its cache repeated, finished
-    sequences leave the batch, prompts of like length share a batch, and the cache has room to grow in place.
-    Two methods, so that another engine can stand in: `generate` and `sync` (the trainer's weights -> the engine; here
-    they are the same tensors).
+    What makes it faster than `model.generate`: a group's prompt is computed once and its cache is
+    repeated, finished sequences leave the batch, prompts of like length share a batch, the cache
+    has room to grow in place. Two methods, so that another engine can stand in: `generate`, `sync`
+    (the trainer's weights -> the engine; here they are the same tensors).
     """
 
     def __init__(self, model, tokenizer, max_rows=512):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         eos = model.generation_config.eos_token_id
-        self.stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        eos = eos if isinstance(eos, list) else [eos]
+        self.stop_ids = {tokenizer.eos_token_id, *eos} - {None}
 
     def sync(self, model):
         self.model = model
@@ -314,20 +314,22 @@ class HFSampler:
     def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
         """Prompt ids -> Rollouts; prompt i owns rollouts [i * group_size, (i + 1) * group_size).
 
-        Temperature 0 is greedy. Every rollout has its own stream of uniform numbers, fixed by `seed` and its place in
-        the list: what it says does not depend on the rows it was batched with, and two checkpoints sampled with one
-        seed share their luck, which makes their difference less noisy.
+        Temperature 0 is greedy. Each rollout has its own stream of uniform numbers, fixed by `seed`
+        and its place in the list: what it says does not depend on the rows it was batched with, and
+        two checkpoints sampled with one seed share their luck: their difference is less noisy.
         """
         check_context(self.model, max(map(len, prompts)), max_new_tokens)
         generator = torch.Generator().manual_seed(seed)
-        uniforms = torch.rand(len(prompts) * group_size, max_new_tokens, generator=generator, dtype=torch.float64)
+        uniforms = torch.rand(len(prompts) * group_size, max_new_tokens, generator=generator,
+            dtype=torch.float64)
         rollouts = [None] * len(uniforms)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         per_chunk = max(1, self.max_rows // group_size)
         for start in range(0, len(order), per_chunk):
             chunk = order[start : start + per_chunk]
             rows = [i * group_size + j for i in chunk for j in range(group_size)]
-            sampled = self._generate_chunk([prompts[i] for i in chunk], group_size, uniforms[rows], temperature)
+            sampled = self._generate_chunk([prompts[i] for i in chunk], group_size, uniforms[rows],
+                temperature)
             for row, (ids, log_probs) in zip(rows, sampled):
                 finished = ids[-1] in self.stop_ids
                 rollouts[row] = Rollout(prompts[row // group_size], ids, log_probs, finished)
@@ -336,28 +338,31 @@ class HFSampler:
     def _generate_chunk(self, prompts, group_size, uniforms, temperature):
         """R = len(prompts) * group_size rows at once -> [(response ids, log-probs)] of length R."""
         device, (rows, max_new_tokens) = self.model.device, uniforms.shape
-        width = max(map(len, prompts))
-        input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (P, width)
+        width = max(map(len, prompts))  # input_ids and mask: (P, width)
+        input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         lengths = torch.tensor([[len(p)] for p in prompts], device=device)
-        mask = torch.arange(width, device=device) >= width - lengths  # (P, width), False on the left padding
+        mask = torch.arange(width, device=device) >= width - lengths  # False on the left padding
         padded = not mask.all()
         stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
 
         # Prefill: each prompt once, then its cache for every member of its group.
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
+            for layer in cache.layers]
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._forward(input_ids, mask if padded else None, position_ids, cache).repeat_interleave(group_size, 0)
+        logits = self._forward(input_ids, mask if padded else None, position_ids, cache)
+        logits = logits.repeat_interleave(group_size, 0)
         cache.batch_repeat_interleave(group_size)
         position_ids = lengths.repeat_interleave(group_size, 0)
-        mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1).repeat_interleave(group_size, 0)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
+        mask = mask.repeat_interleave(group_size, 0)
 
         uniforms = uniforms.to(device)
         sampled_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         sampled_log_probs = torch.zeros(rows, max_new_tokens, device=device)
         sampled_lengths = torch.full((rows,), max_new_tokens, device=device)
         row = torch.arange(rows, device=device)  # which sequence each row of the shrinking batch is
-        running = torch.ones(rows, dtype=torch.bool, device=device)  # rows of the batch that have not ended yet
+        running = torch.ones(rows, dtype=torch.bool, device=device)  # rows that have not ended yet
         for t in tqdm(range(max_new_tokens), "sampling", leave=False, disable=None, delay=3):
             log_probs = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
             ids = sample_ids(log_probs, uniforms[row, t]) if temperature else log_probs.argmax(-1)
@@ -369,36 +374,34 @@ class HFSampler:
             left = int(running.sum())
             if left == 0 or t + 1 == max_new_tokens:
                 break
-            if left <= 0.9 * len(running):  # copying the cache costs about as much as a few steps: not for every row
+            if left <= 0.9 * len(running):  # not for every row: copying the cache costs steps
                 keep = running.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                row, ids, position_ids, mask, running = (x[keep] for x in (row, ids, position_ids, mask, running))
+                row, ids, position_ids = row[keep], ids[keep], position_ids[keep]
+                mask, running = mask[keep], running[keep]
             seen = mask[:, : width + t + 1] if padded else None
             logits = self._forward(ids[:, None], seen, position_ids, cache)
             position_ids = position_ids + 1
-        return [
-            (ids[:n].tolist(), log_probs[:n].tolist())
-            for ids, log_probs, n in zip(sampled_ids.cpu(), sampled_log_probs.cpu(), sampled_lengths.tolist())
-        ]
+        return [(ids[:n].tolist(), log_probs[:n].tolist()) for ids, log_probs, n in zip(
+            sampled_ids.cpu(), sampled_log_probs.cpu(), sampled_lengths.tolist())]
 
     def _forward(self, input_ids, mask, position_ids, cache):
-        """-> logits of the last position, (rows, V). With no padding there is no mask to pass, which is faster."""
+        """-> logits of the last position, (rows, V). Without padding no mask is passed: faster."""
         mask = None if mask is None else mask.long()
-        out = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1
-        )
+        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids,
+            past_key_values=cache, logits_to_keep=1)
         return out.logits[:, -1]
 
 
 def sample_ids(log_probs, uniforms):
-    """Inverse-CDF sampling: the first id whose cumulative probability exceeds u. (R, V), (R,) in [0, 1) -> (R,)."""
+    """Inverse-CDF sampling: the first id whose cumulative p exceeds u. (R, V), (R,) -> (R,)."""
     cdf = log_probs.double().exp().cumsum(-1)
     ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
     return ids.clamp(max=log_probs.shape[1] - 1)
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room to spare. DynamicLayer concatenates, and so copies the whole cache for every token."""
+    """A cache layer with room to spare. DynamicLayer copies the whole cache for every token."""
 
     buffers = None
 
@@ -408,22 +411,24 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = key_states, value_states
             return key_states, value_states
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        # A new buffer at first, when the room is used up, and when rows were selected (keys then is another tensor).
-        if not self.buffers or self.buffers[0].data_ptr() != self.keys.data_ptr() or new > self.buffers[0].shape[-2]:
+        # A new buffer at first, when the room is used up, and after rows were selected (new keys).
+        if (not self.buffers or self.buffers[0].data_ptr() != self.keys.data_ptr()
+                or new > self.buffers[0].shape[-2]):
             batch, heads, _, size = self.keys.shape
-            self.buffers = [x.new_empty(batch, heads, new + max(64, old // 4), size) for x in (self.keys, self.values)]
+            self.buffers = [x.new_empty(batch, heads, new + max(64, old // 4), size)
+                for x in (self.keys, self.values)]
             self.buffers[0][:, :, :old], self.buffers[1][:, :, :old] = self.keys, self.values
         self.buffers[0][:, :, old:new], self.buffers[1][:, :, old:new] = key_states, value_states
         self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
         return self.keys, self.values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Labels
 
 
 def label_rollouts(rollouts, problems, tokenizer):
-    """Fills in problem, text and label of each Rollout; rollouts are grouped by problem, as `generate` returns them."""
+    """Fills in problem, text, label of Rollouts grouped by problem, as `generate` returns them."""
     group_size, rest = divmod(len(rollouts), len(problems))
     assert rest == 0, f"{len(rollouts)} rollouts of {len(problems)} problems"
     for i, rollout in enumerate(rollouts):
@@ -449,18 +454,19 @@ def summarize(rollouts):
 def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0):
     """n sampled responses to each problem -> labelled Rollouts."""
     prompts = [render_prompt(sampler.tokenizer, p) for p in problems]
-    rollouts = sampler.generate(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    rollouts = sampler.generate(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=seed)
     return label_rollouts(rollouts, problems, sampler.tokenizer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the losses share
 
-MAX_LOGITS = 2**24  # at most so many logits exist at once (64 MB in fp32): tokens a chunk = MAX_LOGITS / vocabulary
+MAX_LOGITS = 2**24  # logits that exist at once (64 MB in fp32); tokens a chunk: this / vocabulary
 
 
 def collate(prompts, responses, device="cpu"):
-    """Lists of ids -> input_ids (B, T), response_mask (B, T): True on response tokens, EOS included. Padded right."""
+    """Ids -> input_ids, response_mask (True on the response, EOS too): (B, T), padded right."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     response_mask = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
@@ -471,34 +477,35 @@ def collate(prompts, responses, device="cpu"):
 
 
 def micro_batches(items, size, length):
-    """Split items into lists of at most `size`, alike in length, so that little is padding. The longest come first:
-    what does not fit into memory says so at once."""
+    """Split items into lists of at most `size`, alike in length, so that little is padding. The
+    longest come first: what does not fit into memory says so at once."""
     items = sorted(items, key=length, reverse=True)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def response_hidden_states(model, input_ids, response_mask):
-    """The last hidden state at each position that predicts a response token: (N, H), N = response_mask.sum().
+    """The last hidden state where each response token is predicted: (N, H), N response tokens.
 
-    The output at position t predicts token t + 1: this shift stands here and nowhere else. Rows follow each other as in
-    the batch, so student and teacher are aligned token by token though their prompts differ in width.
+    The output at position t predicts token t + 1: this shift stands here and nowhere else. Rows are
+    in the batch's order, so student and teacher align though their prompts differ in width.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][response_mask[:, 1:]]
 
 
 def in_chunks(function, vocab_size, *tensors):
-    """Calls `function` on chunks of rows and concatenates what it returns. The backward pass recomputes each chunk, so
-    that logits live for one chunk at a time, forward and backward."""
+    """Calls `function` on chunks of rows and concatenates what it returns. The backward pass
+    recomputes each chunk, so that logits live for one chunk at a time, forward and backward."""
     size = max(1, MAX_LOGITS // vocab_size)
-    parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in zip(*(x.split(size) for x in tensors))]
+    parts = [checkpoint(function, *chunk, use_reentrant=False)
+        for chunk in zip(*(x.split(size) for x in tensors))]
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
 def token_log_probs(model, input_ids, response_mask, temperature=1.0):
-    """log pi(token) and the entropy at each response token: two (B, T) tensors, 0 outside response_mask.
+    """log pi(token) and the entropy at each response token: two (B, T), 0 outside response_mask.
 
-    The temperature is the sampler's: scoring a T = 0.7 sample with the T = 1 softmax is another policy.
+    The temperature is the sampler's: the T = 1 softmax, for a T = 0.7 sample, is another policy.
     """
     lm_head = model.get_output_embeddings()
 

@@ -1,23 +1,22 @@
 """sft.py: supervised fine-tuning, the first of three stages: SFT -> RLVR -> OPSD.
 
-    python sft.py                                            # the built-in world, from scratch: about 4 minutes on 2 cores
-    python sft.py --data my.jsonl                            # your problems, from scratch
-    python sft.py --data my.jsonl --init Qwen/Qwen3-0.6B     # your problems, a pretrained model
+    python sft.py                                           # the built-in world: 4 min on 2 cores
+    python sft.py --data my.jsonl                           # your problems, from scratch
+    python sft.py --data my.jsonl --init Qwen/Qwen3-0.6B    # your problems, a pretrained model
 
 Maximum likelihood of demonstrations y given their prompts x, response tokens only:
 
-    L = - 1/N * sum over the batch, sum_t log pi(y_t | x, y_<t)              N = response tokens of the whole batch
+    L = - 1/N * sum over the batch, sum_t log pi(y_t | x, y_<t)    N = the batch's response tokens
 
-What is easy to get wrong, and where it is done: EOS is part of y, or the model never learns to stop (`build_example`);
-N is counted before the batch is split into micro-batches, or the gradient depends on the split (`accumulate_gradients`);
-the prompt is rendered by the same function that renders it for sampling (`rollout.render_prompt`).
+What is easy to get wrong, and where it is done: EOS is part of y, or the model never learns to stop
+(`build_example`); N is counted before the split into micro-batches, or the gradient depends on it
+(`accumulate_gradients`); the prompt is rendered as it is for sampling (`rollout.render_prompt`).
 
-The built-in demonstrations are verbose and fallible (rollout.py says how). A share of them, --privileged-frac, is shown
-the solution, in exactly the words that opsd.py's teacher reads, and is concise. That share gives a model made from
-scratch what a pretrained model has already: whoever holds the solution works more briefly. A pretrained model needs none.
+The built-in demonstrations are verbose and fallible (see rollout.py). A share, --privileged-frac,
+is shown the solution, in exactly the words that opsd.py's teacher reads, and is concise. That
+gives a new model what a pretrained one has: whoever holds the solution works more briefly.
 
-Left out: packing several examples into one row (batches of like length waste little, and no attention mask is needed),
-LoRA, several GPUs.
+Left out: packing examples into one row (batches of like length waste little), LoRA, several GPUs.
 """
 
 import argparse
@@ -33,33 +32,34 @@ from pathlib import Path
 
 import torch
 
-from rollout import INSTRUCTION, PRIVILEGED, HFSampler, check_context, collate, default_data, demonstrate_arithmetic
-from rollout import draw, evaluate, fail, load_model, load_problems, make_model, make_tokenizer, micro_batches
-from rollout import recover_checkpoint, render_prompt, render_response, require_solutions, summarize, token_log_probs
+from rollout import INSTRUCTION, PRIVILEGED, HFSampler, check_context, collate, default_data
+from rollout import demonstrate_arithmetic, draw, evaluate, fail, load_model, load_problems
+from rollout import make_model, make_tokenizer, micro_batches, recover_checkpoint, render_prompt
+from rollout import render_response, require_solutions, summarize, token_log_probs
 
 
 def get_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Formatter)
     add_common_flags(parser)
     add = parser.add_argument_group("sft").add_argument
-    add("--privileged-frac", type=float, help="share of demonstrations given after a prompt that shows the solution")
-    parser.set_defaults(out="ckpt/sft", steps=1800, batch_size=32, micro_batch_size=32, lr=4e-3, min_lr_ratio=0.05)
-    parser.set_defaults(warmup_steps=50, weight_decay=0.1, grad_clip=1.0, max_new_tokens=192, temperature=1.0)
-    parser.set_defaults(eval_every=600, save_every=600, privileged_frac=0.25)
+    add("--privileged-frac", type=float, help="share of demonstrations with the solution shown")
+    parser.set_defaults(out="ckpt/sft", steps=2000, batch_size=32, micro_batch_size=32, lr=5e-3,
+        min_lr_ratio=0.05, warmup_steps=50, weight_decay=0.1, grad_clip=1.0, max_new_tokens=192,
+        temperature=1.0, eval_every=500, save_every=500, privileged_frac=0.25)
     return parse_args(parser)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
 def sft_loss(policy_log_probs, response_mask, num_tokens):
-    """Negative log-likelihood of the response tokens. (B, T), (B, T) -> scalar; num_tokens: of the whole batch."""
+    """Negative log-likelihood of responses. (B, T), (B, T) -> scalar; num_tokens: whole batch's."""
     return -(policy_log_probs * response_mask).sum() / num_tokens
 
 
 def accumulate_gradients(model, examples, micro_batch_size):
-    """Adds the gradient of the batch's loss to .grad, micro-batch by micro-batch; returns the loss."""
+    """Adds the gradient of the batch's loss to .grad, by micro-batches; returns the loss."""
     num_tokens = sum(len(response) for _, response in examples)
     loss = 0.0
     for micro in micro_batches(examples, micro_batch_size, length=lambda e: len(e[0]) + len(e[1])):
@@ -71,28 +71,27 @@ def accumulate_gradients(model, examples, micro_batch_size):
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The data
 
 WINDOW = 32  # batches that are drawn together, so that each can be of like length
 
 
 def build_example(tokenizer, problem, rng, args):
-    """One demonstration -> prompt ids, response ids.
-
-    The response is encoded apart from its prompt, as it will be when sampled, and ends in EOS.
-    """
+    """One demonstration -> prompt ids, response ids. The response is encoded apart from its prompt,
+    as it will be when sampled, and ends in EOS."""
     privileged = rng.random() < args.privileged_frac
     if args.data == "arithmetic":
         response = demonstrate_arithmetic(problem, rng, privileged)
     else:
         response = render_response(problem.solution, problem.answer)
-    prompt = render_prompt(tokenizer, problem, *(("solution", problem.solution) if privileged else ()))
+    prompt = render_prompt(tokenizer, problem,
+        *(("solution", problem.solution) if privileged else ()))
     return prompt, tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id]
 
 
 def batches(step, tokenizer, problems, args):
-    """Yields the examples of step, step + 1, ...: each a function of the seed and the step alone."""
+    """Yields the examples of step, step + 1, ...: each fixed by the seed and the step alone."""
     by_length = lambda example: len(example[0]) + len(example[1])  # noqa: E731
     for window in itertools.count(step // WINDOW):
         rng = random.Random(f"{args.seed} {window}")
@@ -105,7 +104,7 @@ def batches(step, tokenizer, problems, args):
 
 
 def new_model(problems, args):
-    """From scratch: a tokenizer trained on the text of the first problems, a model with random weights."""
+    """From scratch: a tokenizer trained on the first problems, a model with random weights."""
     texts = [PRIVILEGED["solution"] + INSTRUCTION]
     for problem in problems[:5000]:
         response = render_response(problem.solution, problem.answer)
@@ -116,13 +115,14 @@ def new_model(problems, args):
     return make_model(tokenizer, args.seed).to(args.device), tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
 def run(args):
     train, heldout = load_problems(args.data)
-    print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)", flush=True)
+    print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
+        flush=True)
     require_solutions(train, args.data, "sft.py learns from")
     source = args.out if args.resume else args.init
     model, tokenizer = load_model(source, args.device) if source else new_model(train, args)
@@ -133,7 +133,8 @@ def run(args):
     if not args.resume:
         measure(0, sampler, heldout, args)
 
-    for step, examples in enumerate(batches(state["step"], tokenizer, train, args), state["step"] + 1):
+    stream = batches(state["step"], tokenizer, train, args)
+    for step, examples in enumerate(stream, state["step"] + 1):
         if step > args.steps:
             break
         start = time.time()
@@ -142,20 +143,18 @@ def run(args):
         loss = accumulate_gradients(model, examples, args.micro_batch_size)
         metrics = optimizer_step(step, model, optimizer, loss, args)
         seconds = time.time() - start
-        metrics |= {"time/train": seconds, "perf/tok_s": sum(len(p) + len(r) for p, r in examples) / seconds}
+        metrics |= {"time/train": seconds,
+            "perf/tok_s": sum(len(p) + len(r) for p, r in examples) / seconds}
         append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **metrics}])
-        print(
-            f"sft   {step:5d}/{args.steps} | loss {loss:7.4f} | lr {metrics['lr']:.1e} | "
-            f"grad {metrics['grad_norm']:7.3f} | {metrics['perf/tok_s']:7.0f} tok/s",
-            flush=True,
-        )
+        print(f"sft   {step:5d}/{args.steps} | loss {loss:7.4f} | lr {metrics['lr']:.1e} | "
+            f"grad {metrics['grad_norm']:7.3f} | {metrics['perf/tok_s']:7.0f} tok/s", flush=True)
         finish_step(step, model, tokenizer, sampler, heldout, optimizer, {}, interrupt, args)
 
     print(f"next: python rlvr.py --init {args.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same, word for word, in sft.py, rlvr.py and opsd.py (tests/test_blocks.py compares): flags, run folder, optimizer
+# --------------------------------------------------------------------------------------------------
+# The same, word for word, in sft.py, rlvr.py and opsd.py (a test compares): flags, run, optimizer
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -170,25 +169,26 @@ def add_common_flags(parser):
     add = parser.add_argument_group("the same in every stage").add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", help="folder of this run: checkpoint, args.json, metrics.jsonl, samples.jsonl")
-    add("--data", help="a .jsonl file, or `arithmetic`, the built-in world; default: what --init was trained on")
+    add("--data", help=".jsonl file or `arithmetic` (built in); default: what --init trained on")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
-    add("--micro-batch-size", type=positive, help="sequences a forward pass: for memory, does not change the gradient")
+    add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
     add("--lr", type=float, help="learning rate of AdamW, at its peak")
-    add("--min-lr-ratio", type=float, help="a cosine takes the rate down to this share of --lr; 1: constant")
+    add("--min-lr-ratio", type=float, help="a cosine ends at this share of --lr; 1: constant")
     add("--warmup-steps", type=int, help="steps of linear warm-up")
     add("--weight-decay", type=float, help="AdamW's, on weight matrices")
     add("--grad-clip", type=float, help="gradient norm above which it is scaled down")
     add("--max-new-tokens", type=positive, help="a sampled response is cut off (truncated) here")
-    add("--temperature", type=float, help="of sampling, and of the log-probs that score the samples")
-    add("--seed", type=int, default=0, help="of data order and sampling (and of the weights of a model from scratch)")
+    add("--temperature", type=float, help="of sampling, and of the log-probs that score samples")
+    add("--seed", type=int, default=0, help="of data order, sampling, and a new model's weights")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation; weights stay float32")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the computation; weights stay float32")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
-    add("--save-every", type=positive, help="steps between two saves; the last step is always saved")
-    add("--resume", action="store_true", help="go on from --out, with the flags it was started with")
-    add("--stop-after", type=positive, help="save and stop after so many steps of this call, as Ctrl-C would")
+    add("--save-every", type=positive, help="steps between two saves; the last is always saved")
+    add("--resume", action="store_true", help="go on from --out, with its own flags")
+    add("--stop-after", type=positive, help="save and stop after so many steps, as Ctrl-C would")
     add("--overwrite", action="store_true", help="delete what --out holds and start anew")
 
 
@@ -199,13 +199,14 @@ def positive(text):
 
 
 def parse_args(parser):
-    """The flags; with --resume the saved ones, and any that is given must agree. Refuses a folder that is in use."""
+    """The flags; with --resume the saved ones, any given must agree. Refuses a folder in use."""
     args = parser.parse_args()
     out = Path(args.out)
     recover_checkpoint(out)
     if args.resume:
         if not (out / "trainer_state.pt").is_file():
-            fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's folder with --out)")
+            fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's "
+                "folder with --out)")
         saved = json.loads((out / "args.json").read_text())
         free = {"resume", "stop_after", "overwrite", "out", "device"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in free})
@@ -215,9 +216,11 @@ def parse_args(parser):
             flags = ", ".join(f"--{k.replace('_', '-')} (was {saved.get(k)})" for k in changed)
             fail(f"--resume: {out} was started with other flags: {flags}; leave them out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
-        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names another folder")
+        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names "
+            "another folder")
     if args.init and Path(args.init).resolve() == out.resolve():
-        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts from")
+        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts "
+            "from")
     args.data = args.data or default_data(args.init)
     return args
 
@@ -225,12 +228,13 @@ def parse_args(parser):
 def make_optimizer(model, args):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
 
 
 def optimizer_step(step, model, optimizer, loss, args):
-    """One update at this step's learning rate -> metrics. A loss or gradient that is not finite ends the run unsaved."""
+    """One update at this step's rate -> metrics. A non-finite loss or gradient ends it unsaved."""
     progress = step / args.steps
     decay = args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
     lr = args.lr * decay * min(1.0, step / max(1, args.warmup_steps))
@@ -238,10 +242,9 @@ def optimizer_step(step, model, optimizer, loss, args):
         group["lr"] = lr
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        fail(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was updated or saved; "
-            f"what {args.out} holds is whole. Try a lower --lr or --dtype float32"
-        )
+        fail(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was "
+            f"updated or saved; what {args.out} holds is whole. "
+            "Try a lower --lr or --dtype float32")
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -256,14 +259,14 @@ def start_run(args, optimizer):
         return {"step": 0, "cursor": 0}
     state = torch.load(out / "trainer_state.pt", map_location=args.device)
     optimizer.load_state_dict(state.pop("optimizer"))
-    for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what was logged after the save
+    for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what came after the save
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
     return state
 
 
 def save_checkpoint(args, model, tokenizer, optimizer, state):
-    """Written beside, then renamed: a kill at any moment leaves a whole checkpoint (see rollout.recover_checkpoint)."""
+    """Written beside, then renamed: a kill leaves one whole checkpoint (recover_checkpoint)."""
     out, new, old = Path(args.out), Path(f"{args.out}.new"), Path(f"{args.out}.old")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -285,20 +288,22 @@ def append_jsonl(path, rows):
 
 def log_samples(args, step, kind, rollouts):
     row = lambda r: {  # noqa: E731
-        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer, "response": r.text,
-        "label": r.label, "length": len(r.response_ids), "finish": "eos" if r.finished else "length",
-    }  # fmt: skip
+        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer,
+        "response": r.text, "label": r.label, "length": len(r.response_ids),
+        "finish": "eos" if r.finished else "length"}
     append_jsonl(Path(args.out, "samples.jsonl"), map(row, rollouts))
 
 
 def measure(step, sampler, heldout, args):
-    """Accuracy and length on the same held-out problems with the same luck each time; prints and logs them."""
-    rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    row = {f"eval/{key.removeprefix('response/')}": value for key, value in summarize(rollouts).items()}
+    """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
+    rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature)
+    row = {f"eval/{key.removeprefix('response/')}": value
+        for key, value in summarize(rollouts).items()}
     append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **row}])
     log_samples(args, step, "eval", rollouts[:16])
-    accuracy, length, truncated = row["eval/accuracy"], row["eval/len_mean"], row["eval/truncated"]
-    print(f"eval  {step:5d} | accuracy {accuracy:.3f} | length {length:6.1f} | truncated {truncated:.3f}", flush=True)
+    print(f"eval  {step:5d} | accuracy {row['eval/accuracy']:.3f} | "
+        f"length {row['eval/len_mean']:6.1f} | truncated {row['eval/truncated']:.3f}", flush=True)
 
 
 class Interrupt:
@@ -310,7 +315,8 @@ class Interrupt:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        print("\nstopping after this step, saving; once more to stop at once and lose what is not saved", flush=True)
+        print("\nstopping after this step, saving; once more to stop at once and lose what "
+            "is not saved", flush=True)
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
 
@@ -327,14 +333,16 @@ def finish_step(step, model, tokenizer, sampler, heldout, optimizer, state, inte
     if last or stopping or step % args.save_every == 0:
         save_checkpoint(args, model, tokenizer, optimizer, {**state, "step": step})
     if stopping:
-        print(f"stopped after step {step}; go on with: python {sys.argv[0]} --resume --out {args.out}")
+        print(f"stopped after step {step}; go on with: "
+            f"python {sys.argv[0]} --resume --out {args.out}")
         raise SystemExit(130 if interrupt.asked else 0)
 
 
 def main():
     args = get_args()
-    # cache_enabled=False: autocast would otherwise keep the bfloat16 copies of weights that have since been updated.
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16", cache_enabled=False):
+    # cache_enabled=False: autocast would keep bfloat16 copies of weights that are updated since.
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16",
+            cache_enabled=False):
         run(args)
 
 

@@ -2,12 +2,13 @@
 
     python verify.py '<think>...</think>\\boxed{3/4}' 0.75
 
-Three steps: extract the answer's text from the response, read both texts as exact rational numbers where they are
-numbers, compare. A rational is compared with a rational, never through a float: 0.3333 is not 1/3, and
-1/2^99 is not 1/2^98. What is no number is compared as text, white space apart. Nothing the model wrote is evaluated.
+Three steps: extract the answer's text from the response, read both texts as exact rational numbers
+where they are numbers, compare. Rational is compared with rational, never through a float: 0.3333
+is not 1/3, and 1/2^99 is not 1/2^98. What is no number is compared as text, white space apart.
+Nothing the model wrote is evaluated.
 
-Understood so far: integers, decimals, fractions (1/2, \\frac{1}{2}, \\frac12), percent (a factor 1/100), a currency sign,
-thousands separators. No symbolic expressions yet: \\sqrt{4} is not 2 here.
+Understood so far: integers, decimals, fractions (1/2, \\frac{1}{2}, \\frac12), percent (a factor
+1/100), a currency sign, thousands separators. No symbolic expressions yet: \\sqrt{4} is not 2 here.
 """
 
 import re
@@ -18,7 +19,7 @@ MAX_ANSWER = 200  # characters; a longer answer is no number anyone should compu
 
 
 def extract_answer(response):
-    """The answer's text, or None: the last \\boxed{...} after the thinking, else what follows `####`.
+    """The answer's text, or None: the last \\boxed{...} after the thinking, else what follows ####.
 
     An unclosed <think> has no answer yet. Linear in the response's length: no regex runs over it.
     """
@@ -42,8 +43,8 @@ def read_number(text):
     """Text -> Fraction, or None if it is no number of the kinds listed above."""
     if len(text) > MAX_ANSWER:
         return None
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "").replace("$", "")
-    text = text.replace("\\%", "%").replace("{,}", ",").replace("−", "-").strip()
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "")
+    text = text.replace("$", "").replace("\\%", "%").replace("{,}", ",").replace("−", "-").strip()
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?%?", text):
         text = text.replace(",", "")
     if match := re.fullmatch(r"([-+]?)\\frac(?:\{(-?\d+)\}\{(-?\d+)\}|(\d)(\d))", text):
@@ -64,7 +65,7 @@ def read_number(text):
 
 
 def verify(response, gold):
-    """True if the response's answer equals the gold, a bare answer. False for anything that cannot be read; never raises."""
+    """True if the response's answer equals the bare gold. False if unreadable; never raises."""
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
     answer = extract_answer(response)
@@ -83,7 +84,8 @@ def main():
     response, gold = sys.argv[1:]
     answer = extract_answer(response)
     print(f"extracted  {answer!r}")
-    print(f"read as    {None if answer is None else read_number(answer)}   (None: no number, compared as text)")
+    print(f"read as    {None if answer is None else read_number(answer)}   "
+        "(None: no number, compared as text)")
     print(f"gold as    {read_number(gold)}")
     equal = verify(response, gold)
     print(f"verdict    {'equal' if equal else 'not equal'}")
