@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems, read_jsonl
+from rollout import require_checkpoint, require_device
 from verify import extract_answer, verify
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -59,6 +60,9 @@ def get_args():
     for path in filter(None, (args.json, args.plot, args.samples)):
         if not Path(path).resolve().parent.is_dir():
             fail(f"{path}: its folder does not exist")
+    require_device(args.device)
+    for path in args.checkpoints:
+        require_checkpoint(path)
     return args
 
 

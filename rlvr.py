@@ -32,7 +32,7 @@ import torch
 
 from rollout import HFSampler, collate, default_data, draw, evaluate, fail, label_rollouts
 from rollout import load_model, load_problems, micro_batches, recover_checkpoint, render_prompt
-from rollout import summarize, token_log_probs
+from rollout import require_device, summarize, token_log_probs
 
 
 def get_args():
@@ -58,7 +58,10 @@ def get_args():
     parser.set_defaults(init="ckpt/sft", out="ckpt/rlvr", steps=50, batch_size=32,
         micro_batch_size=64, lr=1e-4, min_lr_ratio=1.0, warmup_steps=5, weight_decay=0.0,
         grad_clip=1.0, max_new_tokens=192, temperature=1.0, eval_every=25, save_every=25)
-    return parse_args(parser)
+    args = parse_args(parser)
+    if args.refill < 0:
+        fail(f"--refill {args.refill}: must be 0 or more batches")
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def add_common_flags(parser):
     add("--weight-decay", type=float, help="AdamW's, on weight matrices")
     add("--grad-clip", type=float, help="gradient norm above which it is scaled down")
     add("--max-new-tokens", type=positive, help="a sampled response is cut off (truncated) here")
-    add("--temperature", type=float, help="of sampling, and of the log-probs that score samples")
+    add("--temperature", type=above_zero, help="of sampling, and of log-probs that score it")
     add("--seed", type=int, default=0, help="of data order, sampling, and a new model's weights")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
@@ -268,6 +271,12 @@ def positive(text):
     return int(text)
 
 
+def above_zero(text):
+    if float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
 def parse_args(parser):
     """The flags; with --resume the saved ones, any given must agree. Refuses a folder in use."""
     args = parser.parse_args()
@@ -278,19 +287,26 @@ def parse_args(parser):
             fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's "
                 "folder with --out)")
         saved = json.loads((out / "args.json").read_text())
+        if saved.keys() != vars(args).keys():
+            fail(f"--resume: {out} is a run of another stage")
         free = {"resume", "stop_after", "overwrite", "out", "device"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in free})
         args = parser.parse_args()
-        changed = [k for k, v in vars(args).items() if k not in free and v != saved.get(k)]
+        changed = [k for k, v in vars(args).items() if k not in free and v != saved[k]]
         if changed:
-            flags = ", ".join(f"--{k.replace('_', '-')} (was {saved.get(k)})" for k in changed)
+            flags = ", ".join(f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed)
             fail(f"--resume: {out} was started with other flags: {flags}; leave them out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
-        fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out names "
-            "another folder")
-    if args.init and Path(args.init).resolve() == out.resolve():
-        fail(f"--init and --out are the same folder, {out}: the run would overwrite what it starts "
-            "from")
+    elif out.is_file() or out.is_dir() and any(out.iterdir()):
+        if not args.overwrite:
+            fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out "
+                "names another folder")
+        if not (out / "args.json").is_file():
+            fail(f"--overwrite: {out} holds no run, so it is not deleted; name another with --out")
+    for flag, path in (("--init", args.init), ("--data", args.data)):
+        if path and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
+                "run would overwrite what it starts from")
+    require_device(args.device)
     args.data = args.data or default_data(args.init)
     return args
 
@@ -326,12 +342,14 @@ def start_run(args, optimizer):
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
         return {"step": 0, "cursor": 0}
     state = torch.load(out / "trainer_state.pt", map_location=args.device)
     optimizer.load_state_dict(state.pop("optimizer"))
     for log in (out / "metrics.jsonl", out / "samples.jsonl"):  # drop what came after the save
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        log.write_text("".join(x for x in whole if json.loads(x)["step"] <= state["step"]))
     return state
 
 

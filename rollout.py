@@ -107,7 +107,11 @@ def render_response(thinking, answer):
 def read_jsonl(path):
     """A line an object: `problem`, `answer` and, for some stages, `solution`; or GSM8K's form."""
     problems = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -116,7 +120,7 @@ def read_jsonl(path):
             fail(f"{path}:{number}: not JSON ({error.msg})")
         row = row if isinstance(row, dict) else {}
         text, answer = row.get("problem", row.get("question")), row.get("answer")
-        solution = row.get("solution", "")
+        solution = row.get("solution") or ""
         if text is None or answer is None:
             fail(f"{path}:{number}: needs the keys `problem` and `answer` (or GSM8K's `question`); "
                 f"has {sorted(row)}")
@@ -245,19 +249,32 @@ def make_model(tokenizer, seed):
 
 def load_model(path, device="cpu"):
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
-    recover_checkpoint(path)
-    local = (path.startswith((".", "/", "ckpt/")) or path.count("/") > 1
-        or ("/" in path and Path(path).parent.is_dir()))
-    if local and not Path(path, "config.json").is_file():
-        fail(f"{path}: no checkpoint there (run the stage that makes it first, or name a Hugging "
-            "Face model)")
+    require_checkpoint(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        fail(f"{path}: cannot be loaded as a model with its tokenizer: "
-            f"{str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        fail(f"{path}: cannot be loaded as a model with its tokenizer: {reason}")
     return model.to(device).eval(), tokenizer
+
+
+def require_checkpoint(path):
+    """Refuses a local folder that holds no checkpoint; what may be a Hugging Face name passes."""
+    recover_checkpoint(path)
+    local = (path.startswith((".", "/", "ckpt/")) or path.count("/") > 1 or Path(path).exists()
+        or ("/" in path and Path(path).parent.is_dir()))
+    if local and not Path(path, "config.json").is_file():
+        fail(f"{path}: no checkpoint there (run the stage that makes it first, or name a Hugging "
+            "Face model)")
+
+
+def require_device(device):
+    """Refuses a device that this machine does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: not on this machine ({str(error).splitlines()[0]})")
 
 
 def recover_checkpoint(path):

@@ -79,6 +79,19 @@ def test_folder_in_use(base, stage):
     assert read_rows("out/metrics.jsonl")[-1]["step"] == 1 and Path("out/model.safetensors").is_file()
 
 
+def test_overwrite_of_a_run_without_a_checkpoint(base, monkeypatch):
+    """Killed before its first save, a run can't be resumed; then --overwrite must be able to start it anew."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "accumulate_gradients", killed)
+        run_stage(sft, *small(base, sft))
+    refused(sft, *small(base, sft), "--resume", says=["nothing to resume"])
+    assert run_stage(sft, *small(base, sft, steps=1), "--overwrite")[0] == 0
+
+
 def test_out_is_a_file(base):
     """--out names a file: the file stays."""
     Path("out").write_text("my thesis")

@@ -207,8 +207,8 @@ def test_the_kl_term_by_hand(model, on_policy, args_of):
     """--kl-coef adds coef * mean k3 over response tokens: 0 against itself, never training the reference."""
     args = args_of(rlvr, "--kl-coef", 0.5)
     reference = make_tiny(seed=1)
-    of = lambda m: torch.cat([plain_log_probs(m, r.prompt_ids, r.response_ids) for r in on_policy])  # noqa: E731
-    log_ratio = of(reference) - of(model)
+    score = lambda m, r: plain_log_probs(m, r.prompt_ids, r.response_ids)  # noqa: E731
+    log_ratio = torch.cat([score(reference, r) - score(model, r) for r in on_policy])
     mean = (log_ratio.exp() - 1 - log_ratio).mean()
     mean.backward()
     take_gradient(reference)
