@@ -60,7 +60,7 @@ def get_args():
         "kept, to compare arms at equal budgets; the paper trains on what one batch gives")
     add("--max-refills", type=positive, default=20, help="batches --match-budget may add to a step")
     parser.set_defaults(init="ckpt/rlvr", out="ckpt/opsd", steps=40, batch_size=32,
-        micro_batch_size=32, lr=5e-5, min_lr_ratio=1.0, warmup_steps=0, weight_decay=0.0,
+        micro_batch_size=32, lr=2e-4, min_lr_ratio=1.0, warmup_steps=0, weight_decay=0.0,
         grad_clip=1.0, max_new_tokens=192, temperature=1.0, eval_every=20, save_every=20)
     args = parse_args(parser)
     if args.only_correct and args.only_incorrect:

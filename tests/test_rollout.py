@@ -100,7 +100,6 @@ def test_read_jsonl_in_its_own_form_and_in_gsm8ks(write_jsonl):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="rollout.read_jsonl makes the text 'None' of a null solution")
 def test_a_null_solution_is_none(write_jsonl):
     """Many data sets write null where there is nothing: as str(None), that is a solution to learn from."""
     path = write_jsonl([{"problem": "1+1", "answer": "2", "solution": None}])

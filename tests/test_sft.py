@@ -144,7 +144,8 @@ def test_batches_can_be_entered_at_any_step(tokenizer, world, args_of):
     """A data loader that starts anew on --resume trains twice on the same and never on the rest. 32 batches
     make a window; steps 30 to 36 lie on both sides of its edge."""
     args = args_of(sft, "--batch-size", 2)
-    stream = lambda step: sft.batches(step, tokenizer, world[0][:50], args)  # noqa: E731
+    model = make_tiny(context=1024)
+    stream = lambda step: sft.batches(step, model, tokenizer, world[0][:50], args)  # noqa: E731
     whole = list(itertools.islice(stream(0), 37))
     for step in (0, 5, 30, 32, 36):
         assert list(itertools.islice(stream(step), 37 - step)) == whole[step:]
@@ -155,7 +156,7 @@ def test_batches_show_every_problem_once_an_epoch(tokenizer, world, args_of):
     """Sorted by length and cut, a window can lose its remainder: the longest problems, every time."""
     args = args_of(sft, "--batch-size", 2, "--privileged-frac", 0)
     some = list({p.problem: p for p in world[0]}.values())[:64]  # one window of 32 batches is one epoch
-    batches = list(itertools.islice(sft.batches(0, tokenizer, some, args), 32))
+    batches = list(itertools.islice(sft.batches(0, make_tiny(context=1024), tokenizer, some, args), 32))
     seen = sorted(prompt for batch in batches for prompt, _ in batch)
     assert seen == sorted(rollout.render_prompt(tokenizer, p) for p in some)
 
