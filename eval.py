@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems, read_jsonl
-from rollout import require_checkpoint, require_device
+from rollout import require_checkpoint, require_device, sample_row
 from verify import extract_answer, verify
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -214,12 +214,8 @@ def main():
         if args.samples:
             with open(args.samples, "a", encoding="utf-8") as file:
                 for r in rollouts:
-                    line = {"checkpoint": path, "problem": r.problem.problem,
-                        "gold": r.problem.answer, "response": r.text,
-                        "extracted": extract_answer(r.text), "label": r.label,
-                        "length": len(r.response_ids),
-                        "finish": "eos" if r.finished else "length"}
-                    file.write(json.dumps(line) + "\n")
+                    row = {"checkpoint": path, **sample_row(r), "extracted": extract_answer(r.text)}
+                    file.write(json.dumps(row) + "\n")
     print_table(rows)
     if args.json:
         Path(args.json).write_text(json.dumps({"checkpoints": rows}, indent=1) + "\n")

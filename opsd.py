@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from rollout import HFSampler, check_context, collate, default_data, draw, evaluate, fail, in_chunks
 from rollout import label_rollouts, load_model, load_problems, micro_batches, recover_checkpoint
 from rollout import render_prompt, require_device, require_solutions, response_hidden_states
-from rollout import summarize
+from rollout import sample_row, summarize
+from verify import verify
 
 
 def get_args():
@@ -168,7 +169,8 @@ def privileged_context(rollout, siblings, batch, context):
         return ("solution", texts[0]) if texts else None
     if context == "wrong-answer":  # a control: the answer of the next problem that has another
         start = next(i for i, p in enumerate(batch) if p is problem)
-        others = [p.answer for p in batch[start:] + batch[:start] if p.answer != problem.answer]
+        others = [p.answer for p in batch[start:] + batch[:start]
+            if not verify(f"\\boxed{{{p.answer}}}", problem.answer)]
         return ("answer", others[0] if others else problem.answer + "1")
     return {"solution": ("solution", problem.solution), "answer": ("answer", problem.answer),
         "concise": ("concise",)}.get(context, ())
@@ -441,11 +443,8 @@ def append_jsonl(path, rows):
 
 
 def log_samples(args, step, kind, rollouts):
-    row = lambda r: {  # noqa: E731
-        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer,
-        "response": r.text, "label": r.label, "length": len(r.response_ids),
-        "finish": "eos" if r.finished else "length"}
-    append_jsonl(Path(args.out, "samples.jsonl"), map(row, rollouts))
+    rows = [{"step": step, "kind": kind, **sample_row(r)} for r in rollouts]
+    append_jsonl(Path(args.out, "samples.jsonl"), rows)
 
 
 def measure(step, sampler, heldout, args):

@@ -32,7 +32,7 @@ import torch
 
 from rollout import HFSampler, collate, default_data, draw, evaluate, fail, label_rollouts
 from rollout import load_model, load_problems, micro_batches, recover_checkpoint, render_prompt
-from rollout import require_device, summarize, token_log_probs
+from rollout import require_device, sample_row, summarize, token_log_probs
 
 
 def get_args():
@@ -375,11 +375,8 @@ def append_jsonl(path, rows):
 
 
 def log_samples(args, step, kind, rollouts):
-    row = lambda r: {  # noqa: E731
-        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer,
-        "response": r.text, "label": r.label, "length": len(r.response_ids),
-        "finish": "eos" if r.finished else "length"}
-    append_jsonl(Path(args.out, "samples.jsonl"), map(row, rollouts))
+    rows = [{"step": step, "kind": kind, **sample_row(r)} for r in rollouts]
+    append_jsonl(Path(args.out, "samples.jsonl"), rows)
 
 
 def measure(step, sampler, heldout, args):

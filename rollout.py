@@ -174,6 +174,7 @@ def permutation(n, seed, epoch):
 
 def default_data(init):
     """What --init was trained on, as its args.json says; the built-in world otherwise."""
+    recover_checkpoint(init or "")
     saved = Path(init or "", "args.json")
     return json.loads(saved.read_text())["data"] if init and saved.is_file() else "arithmetic"
 
@@ -305,6 +306,7 @@ class Rollout:
     log_probs: list[float]  # log-prob of each response id under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
     problem: Problem | None = None  # this and what follows is filled in by label_rollouts
+    prompt: str = ""
     text: str = ""
     label: str = ""  # correct | incorrect | truncated
 
@@ -450,10 +452,20 @@ def label_rollouts(rollouts, problems, tokenizer):
     assert rest == 0, f"{len(rollouts)} rollouts of {len(problems)} problems"
     for i, rollout in enumerate(rollouts):
         rollout.problem = problems[i // group_size]
+        if i % group_size == 0:
+            prompt = tokenizer.decode(rollout.prompt_ids)
+        rollout.prompt = prompt
         rollout.text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         right = rollout.finished and verify(rollout.text, rollout.problem.answer)
         rollout.label = "truncated" if not rollout.finished else "correct" if right else "incorrect"
     return rollouts
+
+
+def sample_row(rollout):
+    """A labelled Rollout as a line of samples.jsonl."""
+    return {"prompt": rollout.prompt, "response": rollout.text, "gold": rollout.problem.answer,
+        "label": rollout.label, "length": len(rollout.response_ids),
+        "finish": "eos" if rollout.finished else "length"}
 
 
 def summarize(rollouts):

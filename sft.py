@@ -35,7 +35,8 @@ import torch
 from rollout import INSTRUCTION, PRIVILEGED, HFSampler, check_context, collate, default_data
 from rollout import demonstrate_arithmetic, draw, evaluate, fail, load_model, load_problems
 from rollout import make_model, make_tokenizer, micro_batches, recover_checkpoint, render_prompt
-from rollout import render_response, require_device, require_solutions, summarize, token_log_probs
+from rollout import render_response, require_device, require_solutions, sample_row, summarize
+from rollout import token_log_probs
 
 
 def get_args():
@@ -302,11 +303,8 @@ def append_jsonl(path, rows):
 
 
 def log_samples(args, step, kind, rollouts):
-    row = lambda r: {  # noqa: E731
-        "step": step, "kind": kind, "problem": r.problem.problem, "gold": r.problem.answer,
-        "response": r.text, "label": r.label, "length": len(r.response_ids),
-        "finish": "eos" if r.finished else "length"}
-    append_jsonl(Path(args.out, "samples.jsonl"), map(row, rollouts))
+    rows = [{"step": step, "kind": kind, **sample_row(r)} for r in rollouts]
+    append_jsonl(Path(args.out, "samples.jsonl"), rows)
 
 
 def measure(step, sampler, heldout, args):

@@ -4,7 +4,7 @@
 
 Three steps: extract the answer's text from the response, read both texts as exact rational numbers
 where they are numbers, compare. Rational is compared with rational, never through a float: 0.3333
-is not 1/3, and 1/2^99 is not 1/2^98. What is no number is compared as text, white space apart.
+is not 1/3, and 1/2^99 is not 1/2^98. What is no number is compared as text, but for white space.
 Nothing the model wrote is evaluated.
 
 Understood so far: integers, decimals, fractions (1/2, \\frac{1}{2}, \\frac12), percent (a factor
@@ -64,6 +64,11 @@ def read_number(text):
     return factor * Fraction(text)
 
 
+def plain(text):
+    """Text without the white space that means nothing: `x + 1` is `x+1`, but `1 1/2` not `11/2`."""
+    return re.sub(r" ?([^\w ]) ?", r"\1", " ".join(text.split()))
+
+
 def verify(response, gold):
     """True if the response's answer equals the bare gold. False if unreadable; never raises."""
     if not isinstance(response, str) or not isinstance(gold, str):
@@ -74,7 +79,7 @@ def verify(response, gold):
     ours, golds = read_number(answer), read_number(gold)
     if ours is not None and golds is not None:
         return ours == golds
-    return "".join(answer.split()) == "".join(gold.split())
+    return plain(answer) == plain(gold)
 
 
 def main():

@@ -3,16 +3,15 @@
     python tests/results.py                     # prints the table, as Markdown
     python tests/results.py --plot .github/results.svg
 
-Means over seeds; the 95 % interval is Student's t over seeds, so it holds both sources of noise: training and evaluation.
+A cell is the mean over seeds and, in brackets, the lowest and the highest seed: with three seeds a
+range says more than an interval. Changes are against the same seed's RLVR checkpoint.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent / ".github" / "results"
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def load_runs(folder=RESULTS):
@@ -24,50 +23,44 @@ def load_runs(folder=RESULTS):
     return runs
 
 
-def mean_and_interval(values):
-    """Mean and the half-width of its 95 % interval over seeds (nan for one seed)."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, math.nan
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, STUDENT_T[n] * sd / math.sqrt(n)
+def cell(values, sign=""):
+    """Mean (lowest to highest), one digit after the point."""
+    return f"{sum(values) / len(values):{sign}.1f} ({min(values):{sign}.1f} to {max(values):{sign}.1f})"
 
 
 def table(runs):
-    """Markdown: accuracy, length, and length against RLVR, with intervals over seeds."""
-    lines = ["| arm | accuracy, % | length, tokens | length against RLVR | truncated, % | checks | seeds: accuracy |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """Markdown: accuracy and length of each arm, and their changes against RLVR."""
+    lines = ["| arm | accuracy, % | against RLVR, points | length, tokens | against RLVR, % | checks |",
+        "|---|---|---|---|---|---|"]
     for arm, rows in runs.items():
-        accuracy, a = mean_and_interval([100 * row["accuracy"] for row in rows])
-        length, b = mean_and_interval([row["length"] for row in rows])
-        ratios = [100 * (row["length"] / base["length"] - 1) for row, base in zip(rows, runs["rlvr"])]
-        change, c = mean_and_interval(ratios)
-        truncated, doubt = (sum(row[key] for row in rows) / len(rows) for key in ("truncated", "doubt"))
-        seeds = ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
-        against = "" if arm in ("sft", "rlvr") else f"{change:+.0f} ± {c:.0f} %"
-        lines.append(
-            f"| {arm} | {accuracy:.1f} ± {a:.1f} | {length:.1f} ± {b:.1f} | {against} | {100 * truncated:.1f} "
-            f"| {doubt:.2f} | {seeds} |"
-        )
+        pairs = list(zip(rows, runs["rlvr"]))
+        points = [100 * (row["accuracy"] - base["accuracy"]) for row, base in pairs]
+        percent = [100 * (row["length"] / base["length"] - 1) for row, base in pairs]
+        changes = ["", ""] if arm == "rlvr" else [cell(points, "+"), cell(percent, "+")]
+        accuracy, length = cell([100 * row["accuracy"] for row in rows]), cell([r["length"] for r in rows])
+        checks = sum(row["doubt"] for row in rows) / len(rows)
+        lines.append(f"| {arm} | {accuracy} | {changes[0]} | {length} | {changes[1]} | {checks:.2f} |")
     return "\n".join(lines)
 
 
 def plot(runs, path):
+    """Accuracy against length: a small point a seed, a large one their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "results"  # the same figure gives the same file
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for arm, rows in runs.items():
         lengths, accuracies = [row["length"] for row in rows], [100 * row["accuracy"] for row in rows]
-        (x, dx), (y, dy) = mean_and_interval(lengths), mean_and_interval(accuracies)
-        bars = axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="o", capsize=3, label=arm)
-        axes.scatter(lengths, accuracies, s=10, alpha=0.5, color=bars[0].get_color())
+        mean = sum(lengths) / len(rows), sum(accuracies) / len(rows)
+        large = axes.scatter(*mean, s=70, label=arm)
+        axes.scatter(lengths, accuracies, s=12, alpha=0.6, color=large.get_facecolor())
     axes.set(xlabel="response length (tokens)", ylabel="accuracy at T = 1 (%)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def main():

@@ -350,7 +350,6 @@ def test_a_wrong_answer_is_never_the_gold(tokenizer, args_of):
         assert "The correct answer: 5\n" not in tokenizer.decode(prompt)
 
 
-@pytest.mark.xfail(strict=True, reason="opsd.privileged_context compares answers as texts")
 def test_a_wrong_answer_is_not_the_gold_in_other_words(tokenizer, args_of):
     """1/2 and 0.50 are two texts and one answer: compared as texts, the control shows the truth."""
     problems = [Problem(f"What is {a}?", a) for a in ("1/2", "0.50", "\\frac{1}{2}")]

@@ -1,4 +1,4 @@
-"""A run that is stopped, interrupted or killed, and goes on: nothing may differ from the run that was left alone.
+"""A run that is stopped, interrupted or killed goes on as the run that was left alone would have.
 
 The commonest complaint about neighbouring projects is a resume that restores the weights only.
 """
@@ -6,16 +6,14 @@ The commonest complaint about neighbouring projects is a resume that restores th
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from test_chain import ROOT, TINY, base_fixture, environment, luck_fixture  # noqa: F401  (fixtures: base, luck)
-from test_chain import read_rows, run_stage, same_tensors, weights
+from test_chain import TINY, read_rows, run_stage, same_tensors, start_command, weights
+from test_chain import base_fixture, luck_fixture  # noqa: F401  (pytest fixtures: base, luck)
 
 import eval as eval_stage
 import opsd
@@ -24,23 +22,25 @@ import rollout
 import sft
 
 STAGES = {
-    "sft": (sft, []),
-    "rlvr": (rlvr, ["--group-size", 4]),
-    "opsd": (opsd, []),
-    "opsd-ema": (opsd, ["--teacher", "ema", "--ema-decay", 0.8]),
-    "opsd-refresh": (opsd, ["--teacher", "refresh", "--refresh-every", 2]),
+    "sft": (sft, ""),
+    "rlvr": (rlvr, "--group-size 4"),
+    "opsd": (opsd, ""),
+    "opsd-ema": (opsd, "--teacher ema --ema-decay 0.8"),
+    "opsd-refresh": (opsd, "--teacher refresh --refresh-every 2"),
 }
 
 
 def flags_of(base, name, out, steps=6):
-    """Evaluation and saving fall on odd places, so that a resumed run cannot be right by landing on them."""
-    flags = ["--init", base / "sft", "--out", out, "--steps", steps, *TINY, "--max-new-tokens", 23, "--warmup-steps", 4]
-    return [*flags, "--eval-every", 4, "--save-every", 100, "--lr", 1e-3, *STAGES[name][1]]
+    """Evaluation and saves fall on odd places: a resumed run can't be right by landing on them."""
+    flags = "--warmup-steps 4 --eval-every 4 --save-every 100 --lr 1e-3 --max-new-tokens 23"
+    paths = ["--init", base / "sft", "--out", out]
+    return [*paths, f"--steps {steps}", TINY, flags, STAGES[name][1]]
 
 
 def metrics_but_time(path):
     """metrics.jsonl without what a clock decides."""
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in read_rows(path)]
+    timed = lambda key: key.startswith(("time/", "perf/"))  # noqa: E731
+    return [{k: v for k, v in row.items() if not timed(k)} for row in read_rows(path)]
 
 
 def equal(a, b):
@@ -56,7 +56,8 @@ def equal(a, b):
 
 def assert_same_run(ours, theirs):
     """Weights, optimizer, position in the data, teacher, logs."""
-    assert metrics_but_time(Path(ours, "metrics.jsonl")) == metrics_but_time(Path(theirs, "metrics.jsonl"))
+    metrics = [metrics_but_time(Path(out, "metrics.jsonl")) for out in (ours, theirs)]
+    assert metrics[0] == metrics[1]
     assert same_tensors(weights(ours), weights(theirs)), "the weights differ"
     states = [torch.load(Path(out, "trainer_state.pt")) for out in (ours, theirs)]
     assert states[0].keys() == states[1].keys()
@@ -66,14 +67,17 @@ def assert_same_run(ours, theirs):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stopped_and_resumed_is_the_run_left_alone(base, luck, name):
-    """3 steps, --resume, 3 more == 6 steps, bit for bit. Any state that is not saved shows: AdamW's moments, the step
-    (learning rate), the position in the data, the sampler's seed, a teacher that moves, the counts of skipped steps."""
+    """3 steps, --resume, 3 more == 6 steps, bit for bit. Any state that is not saved shows: AdamW's
+    moments, the step (learning rate), the position in the data, the sampler's seed, a teacher that
+    moves, the counts of skipped steps."""
     stage = STAGES[name][0]
     assert run_stage(stage, *flags_of(base, name, "whole"))[0] == 0
-    status, out, _ = run_stage(stage, *flags_of(base, name, "parts"), "--stop-after", 3)
-    assert status == 0 and out.endswith(f"stopped after step 3; go on with: python {stage.__name__}.py --resume --out parts\n")
-    assert torch.load("parts/trainer_state.pt")["step"] == 3 and not same_tensors(weights("parts"), weights("whole"))
-    status, out, err = run_stage(stage, "--resume", "--out", "parts")
+    status, out, _ = run_stage(stage, *flags_of(base, name, "parts"), "--stop-after 3")
+    command = f"python {stage.__name__}.py --resume --out parts"
+    assert status == 0 and out.endswith(f"stopped after step 3; go on with: {command}\n")
+    assert torch.load("parts/trainer_state.pt")["step"] == 3
+    assert not same_tensors(weights("parts"), weights("whole"))
+    status, out, err = run_stage(stage, "--resume --out parts")
     assert status == 0, err
     assert "next: python" in out
     assert_same_run("parts", "whole")
@@ -82,7 +86,7 @@ def test_stopped_and_resumed_is_the_run_left_alone(base, luck, name):
 def test_flags_may_be_repeated_on_resume(base):
     """--resume with the flags of the first call, all of them, is no contradiction."""
     flags = flags_of(base, "sft", "out", steps=2)
-    assert run_stage(sft, *flags, "--stop-after", 1)[0] == 0
+    assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
     status, _, err = run_stage(sft, *flags, "--resume")
     assert status == 0, err
     assert torch.load("out/trainer_state.pt")["step"] == 2
@@ -92,14 +96,14 @@ def test_resume_of_a_finished_run_changes_nothing(base):
     """A shell script that always says --resume must not train a finished run further."""
     assert run_stage(sft, *flags_of(base, "sft", "out", steps=2))[0] == 0
     shutil.copytree("out", "before")
-    status, out, _ = run_stage(sft, "--resume", "--out", "out")
+    status, out, _ = run_stage(sft, "--resume --out out")
     assert status == 0 and "next: python" in out
     assert_same_run("out", "before")
 
 
 @pytest.mark.parametrize("name", ["sft", "rlvr", "opsd"])
 def test_killed_between_saves(base, luck, monkeypatch, name):
-    """Saved at step 2, killed after step 3 was logged: the resumed run repeats step 3, and logs it once."""
+    """Saved at step 2, killed after step 3 was logged: the resumed run logs step 3 once."""
     stage = STAGES[name][0]
     flags = flags_of(base, name, "parts", steps=4)
     assert run_stage(stage, *flags_of(base, name, "whole", steps=4))[0] == 0
@@ -112,31 +116,30 @@ def test_killed_between_saves(base, luck, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(stage, "finish_step", die_at_step_3)
         with pytest.raises(Killed):
-            run_stage(stage, *flags, "--save-every", 2)
+            run_stage(stage, *flags, "--save-every 2")
     assert [row["step"] for row in read_rows("parts/metrics.jsonl")] == [0, 1, 2, 3]
-    assert run_stage(stage, "--resume", "--out", "parts")[0] == 0
+    assert run_stage(stage, "--resume --out parts")[0] == 0
     assert_same_run("parts", "whole")
 
 
 def test_half_a_line_in_a_log(base):
-    """A kill or a full disk can cut the last line of a log short: that line goes, the run goes on."""
+    """A kill, or a full disk, can cut a log's last line short: that line goes, the run goes on."""
     assert run_stage(sft, *flags_of(base, "sft", "whole", steps=2))[0] == 0
-    assert run_stage(sft, *flags_of(base, "sft", "parts", steps=2), "--stop-after", 1)[0] == 0
+    assert run_stage(sft, *flags_of(base, "sft", "parts", steps=2), "--stop-after 1")[0] == 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(Path("parts", name), "a") as log:
             log.write('{"step": 2, "lo')
-    assert run_stage(sft, "--resume", "--out", "parts")[0] == 0
+    assert run_stage(sft, "--resume --out parts")[0] == 0
     assert_same_run("parts", "whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Ctrl-C
 
 
 def test_ctrl_c(base):
-    """A real SIGINT: the step is finished and saved, the last line says how to go on, status 130; and it does go on."""
-    command = [sys.executable, str(ROOT / "sft.py"), *map(str, flags_of(base, "sft", "out", steps=100_000))]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A real SIGINT: the step is finished and saved, status 130, the last line says what to do."""
+    process = start_command("sft.py", *flags_of(base, "sft", "out", steps=100_000))
     try:
         for line in process.stdout:
             if line.startswith("sft"):  # the first step is done
@@ -148,12 +151,13 @@ def test_ctrl_c(base):
     assert process.returncode == 130 and err == ""
     step = torch.load("out/trainer_state.pt")["step"]
     assert step >= 1 and read_rows("out/metrics.jsonl")[-1]["step"] == step
-    assert out.endswith(f"stopped after step {step}; go on with: python {command[1]} --resume --out out\n")
-    assert run_stage(sft, "--resume", "--out", "out", "--stop-after", 1)[0] == 0
+    assert out.splitlines()[-1].startswith(f"stopped after step {step}; go on with: python ")
+    assert out.endswith("sft.py --resume --out out\n")
+    assert run_stage(sft, "--resume --out out --stop-after 1")[0] == 0
     assert torch.load("out/trainer_state.pt")["step"] == step + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # kill -9 during a save
 
 
@@ -162,10 +166,8 @@ class Killed(BaseException):
 
 
 def die_at(patch, point):
-    """The point-th operation on files from now on is the last: it does half its work, and the process is gone.
-
-    Returns a counter of operations. Folders are deleted file by file, so half a deletion leaves half a folder.
-    """
+    """From now on the point-th operation on files is the last: half done, and the process is gone.
+    Returns a counter of operations."""
     count = SimpleNamespace(operations=0)
 
     def deadly(original, half):
@@ -209,17 +211,13 @@ def die_at(patch, point):
 
 
 def test_kill_at_every_point_of_a_save(base, monkeypatch):
-    """Wherever a save is cut short, the folder holds the last checkpoint or the new one: whole, and of one piece.
-
-    Then the run is resumed, and ends as the run that was left alone.
-    """
-    flags = flags_of(base, "sft", "out", steps=2)
-    assert run_stage(sft, *flags[:3], "before", *flags[4:], "--stop-after", 1)[0] == 0
-    shutil.copytree("before", "out")
-    assert run_stage(sft, "--resume", "--out", "out")[0] == 0
-    shutil.move("out", "after")
+    """Wherever a save is cut short, there is a checkpoint, the last or the new one, of one piece;
+    the resumed run ends as the run that was left alone."""
+    assert run_stage(sft, *flags_of(base, "sft", "before", steps=2), "--stop-after 1")[0] == 0
+    shutil.copytree("before", "after")
+    assert run_stage(sft, "--resume --out after")[0] == 0
     model, tokenizer = rollout.load_model("after")
-    args = SimpleNamespace(**json.loads(Path("after/args.json").read_text()))
+    args = SimpleNamespace(**json.loads(Path("after/args.json").read_text()) | {"out": "out"})
     optimizer = sft.make_optimizer(model, args)
     state = torch.load("after/trainer_state.pt")
     optimizer.load_state_dict(state.pop("optimizer"))
@@ -238,26 +236,26 @@ def test_kill_at_every_point_of_a_save(base, monkeypatch):
                 break
             except Killed:
                 pass
-        whole, _ = rollout.load_model("out")  # as eval.py and the next stage load it
+        rollout.load_model("out")  # as eval.py and the next stage load it
         step = torch.load("out/trainer_state.pt")["step"]
         steps_found.append(step)
         assert same_tensors(weights("out"), weights("before" if step == 1 else "after")), point
-        assert len(read_rows("out/metrics.jsonl")) == len(read_rows("after/metrics.jsonl")), "logged lines are lost"
+        assert read_rows("out/metrics.jsonl") == read_rows("after/metrics.jsonl")
         if point % 4 == 0 or step != steps_found[0]:
-            status, _, err = run_stage(sft, "--resume", "--out", "out")
+            status, _, err = run_stage(sft, "--resume --out out")
             assert status == 0, err
             assert_same_run("out", "after")
-    assert count.operations >= 8 and set(steps_found) == {1, 2}, "the kill did not reach into the save"
+    assert count.operations >= 8 and set(steps_found) == {1, 2}, "no kill came in the save's middle"
     assert_same_run("out", "after")
-    assert [path.name for path in Path().glob("out*")] == ["out"], "the save leaves something behind"
+    assert [path.name for path in Path().glob("out*")] == ["out"]  # nothing is left lying about
 
 
 @pytest.mark.parametrize("stage", [rlvr, opsd, eval_stage], ids=lambda stage: stage.__name__)
 def test_next_stage_after_a_kill_between_the_renames(base, stage):
-    """The checkpoint lies in PATH.old then. The next stage finds it, and with it the data that it was trained on."""
+    """The checkpoint lies in PATH.old then. The next stage finds it, and its data with it."""
     shutil.copytree(base / "sft", "sft.old")
-    sizes = ["--n", 1, "--problems", 2] if stage is eval_stage else ["--out", "out", "--steps", 1, *TINY]
-    init = ["sft"] if stage is eval_stage else ["--init", "sft"]
-    status, out, err = run_stage(stage, *init, *sizes, "--max-new-tokens", 8)
+    train = f"--init sft --out out --steps 1 {TINY}"
+    flags = "sft --n 1 --problems 2" if stage is eval_stage else train
+    status, out, err = run_stage(stage, flags, "--max-new-tokens 8")
     assert status == 0, err
     assert f"data: {base / 'problems.jsonl'}" in out

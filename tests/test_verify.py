@@ -1,4 +1,4 @@
-"""What verify.py calls equal. A checker that is wrong trains the model to be wrong, and nobody sees it in the loss."""
+"""What verify.py calls equal. A wrong checker trains a wrong model, and no loss curve shows it."""
 
 import subprocess
 import sys
@@ -122,7 +122,10 @@ def test_extract_answer(response, answer):
     assert verify(response, "4") == (answer == "4")
 
 
-@pytest.mark.parametrize("response, gold", [(None, "4"), (r"\boxed{4}", None), (r"\boxed{4}", 4), (4, "4"), (b"4", "4")])
+NOT_TEXT = [(None, "4"), (r"\boxed{4}", None), (r"\boxed{4}", 4), (4, "4"), (b"4", "4")]
+
+
+@pytest.mark.parametrize("response, gold", NOT_TEXT)
 def test_not_text(response, gold):
     """Anything but text is not equal to anything; a training run must not die of it."""
     assert verify(response, gold) is False
@@ -153,14 +156,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize("response", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_responses(response):
-    """A model under reward writes anything. A million characters of it take well under a second, and are wrong."""
+    """A model under reward writes anything: a million characters, wrong, in under a second."""
     start = time.process_time()
     assert verify(response, "4") is False
     assert verify("\\boxed{4}", response) is False
     assert time.process_time() - start < 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -186,5 +189,6 @@ def test_command_line(words, status, says, monkeypatch, capsys):
 
 def test_command():
     """python verify.py, as the README has it."""
-    done = subprocess.run([sys.executable, ROOT / "verify.py", r"\boxed{50\%}", "1/2"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "verify.py", r"\boxed{50\%}", "1/2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
