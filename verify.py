@@ -15,7 +15,7 @@ import re
 import sys
 from fractions import Fraction
 
-MAX_ANSWER = 200  # characters; a longer answer is no number anyone should compute with
+MAX_ANSWER = 2000  # characters; a longer answer is wrong, whatever it says
 
 
 def extract_answer(response):
@@ -74,7 +74,7 @@ def verify(response, gold):
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
     answer = extract_answer(response)
-    if not answer:
+    if not answer or max(len(answer), len(gold)) > MAX_ANSWER:
         return False
     ours, golds = read_number(answer), read_number(gold)
     if ours is not None and golds is not None:
