@@ -363,17 +363,18 @@ def test_opsd_without_context_is_a_no_op(base, luck):
 
 
 @pytest.mark.parametrize("flags", ["", "--truncated correct", "--truncated drop"])
-@pytest.mark.parametrize("arm", ["correct", "incorrect"])
+@pytest.mark.parametrize("arm", ["--only-correct", "--only-incorrect", ""])
 def test_opsd_arms(base, luck, monkeypatch, arm, flags):
     """An arm trains on what it says, and on truncated rollouts as --truncated counts them. With
     --match-budget each update has the batch size, so that the arms are compared fairly."""
     seen = spy_on_rollouts(monkeypatch, opsd)
-    rows, _ = train(opsd, base, f"--only-{arm} --match-budget --max-new-tokens 22", flags)
+    rows, _ = train(opsd, base, arm, "--match-budget --max-new-tokens 22", flags)
     check_that_it_trained(base, rows)
     assert [len(rollouts) for rollouts in seen] == [4, 4]
     labels = {rollout.label for rollouts in seen for rollout in rollouts}
-    counts_here = (arm, flags) in [("correct", "--truncated correct"), ("incorrect", "")]
-    assert labels == ({arm, "truncated"} if counts_here else {arm})
+    counts_as = flags.removeprefix("--truncated ") or "incorrect"
+    kept = {arm.removeprefix("--only-")} if arm else {"correct", "incorrect"}
+    assert labels == (kept | {"truncated"} if counts_as in kept else kept)
 
 
 def test_opsd_rollout_context_without_a_correct_sibling(base, monkeypatch):
