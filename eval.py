@@ -24,7 +24,7 @@ import torch
 
 from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems, read_jsonl
 from rollout import require_checkpoint, require_device, sample_row
-from verify import extract_answer, verify
+from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
     re.IGNORECASE)
@@ -78,7 +78,8 @@ def pass_at_k(n, c, k):
 def majority_correct(texts, gold):
     """1.0 if a problem's most frequent extracted answer is correct. Cut-off responses have none."""
     answers = Counter(filter(None, map(extract_answer, texts)))
-    return float(bool(answers) and verify(f"\\boxed{{{answers.most_common(1)[0][0]}}}", gold))
+    boxed = [f"\\boxed{{{answer}}}" for answer, _ in answers.most_common(1)]
+    return float(any(verify_batch(boxed, [gold] * len(boxed))))
 
 
 def mean_and_se(values):

@@ -36,7 +36,7 @@ from rollout import HFSampler, check_context, collate, default_data, draw, evalu
 from rollout import label_rollouts, load_model, load_problems, micro_batches, recover_checkpoint
 from rollout import render_prompt, require_device, require_solutions, response_hidden_states
 from rollout import sample_row, summarize
-from verify import verify
+from verify import verify_batch
 
 
 def get_args():
@@ -169,9 +169,9 @@ def privileged_context(rollout, siblings, batch, context):
         return ("solution", texts[0]) if texts else None
     if context == "wrong-answer":  # a control: the answer of the next problem that has another
         start = next(i for i, p in enumerate(batch) if p is problem)
-        others = [p.answer for p in batch[start:] + batch[:start]
-            if not verify(f"\\boxed{{{p.answer}}}", problem.answer)]
-        return ("answer", others[0] if others else problem.answer + "1")
+        others = [p.answer for p in batch[start:] + batch[:start]] + ["0", "1"]  # or else 0 or 1
+        same = verify_batch([f"\\boxed{{{x}}}" for x in others], [problem.answer] * len(others))
+        return ("answer", others[same.index(False)])
     return {"solution": ("solution", problem.solution), "answer": ("answer", problem.answer),
         "concise": ("concise",)}.get(context, ())
 

@@ -20,6 +20,7 @@ Left out: value network, reward model, soft length penalties, asynchronous sampl
 """
 
 import argparse
+import importlib
 import json
 import math
 import shutil
@@ -53,6 +54,8 @@ def get_args():
     add("--kl-coef", type=float, default=0.0, help="weight of the KL to --init (needs two models)")
     add("--truncated", choices=["penalize", "mask"], default="penalize",
         help="a response that is cut off gets reward 0, or also no gradient")
+    add("--reward", metavar="MODULE:FUNCTION", default="",
+        help="your (response, gold) -> float, in place of verify.py's 0 or 1; cut off is 0 still")
     add("--refill", type=int, default=0,
         help="up to so many fresh batches a step to replace groups without variance")
     parser.set_defaults(init="ckpt/sft", out="ckpt/rlvr", steps=50, batch_size=32,
@@ -153,7 +156,34 @@ def accumulate_gradients(model, reference, rollouts, advantages, args):
 # The run
 
 
-def sample_groups(sampler, problems, state, args):
+def load_reward(name):
+    """"my_rewards:score" -> the function score of my_rewards.py in this folder (or an installed
+    package), which takes (response, gold) and returns a number; "" -> None."""
+    if not name:
+        return None
+    sys.path.insert(0, "")
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        fail(f"--reward {name}: {error}; give MODULE:FUNCTION, as in my_rewards:score")
+
+
+def reward_of(rollout, function):
+    """1 for a correct response, or what --reward says of it; 0 for one that is cut off."""
+    if function is None or not rollout.finished:
+        return float(rollout.label == "correct")
+    reward = function(rollout.text, rollout.problem.answer)
+    try:
+        finite = math.isfinite(reward)
+    except TypeError:
+        finite = False
+    if not finite:
+        fail(f"--reward returned {reward!r}, not a finite number, for {rollout.text[-200:]!r}")
+    return float(reward)
+
+
+def sample_groups(sampler, problems, state, args, reward=None):
     """batch_size prompts x group_size -> all rollouts, the kept, their advantages, groups kept.
 
     Moves state["cursor"], the position in the data, which also seeds the sampler. A group whose
@@ -167,7 +197,9 @@ def sample_groups(sampler, problems, state, args):
             seed=args.seed * 1_000_003 + state["cursor"])
         state["cursor"] += args.batch_size
         everything += label_rollouts(rollouts, batch, sampler.tokenizer)
-        rewards = [float(r.label == "correct") for r in rollouts]  # truncated: 0
+        for rollout in rollouts:
+            rollout.reward = reward_of(rollout, reward)
+        rewards = [rollout.reward for rollout in rollouts]
         advantages = compute_group_normalized_rewards(
             torch.tensor(rewards), args.group_size, args.std).tolist()
         for start in range(0, len(rollouts), args.group_size):
@@ -185,6 +217,7 @@ def sample_groups(sampler, problems, state, args):
 
 
 def run(args):
+    reward = load_reward(args.reward)
     train, heldout = load_problems(args.data)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
         flush=True)
@@ -199,10 +232,10 @@ def run(args):
 
     for step in range(state["step"] + 1, args.steps + 1):
         start = time.time()
-        rollouts, kept, advantages, groups = sample_groups(sampler, train, state, args)
+        rollouts, kept, advantages, groups = sample_groups(sampler, train, state, args, reward)
         sampled = time.time()
         metrics = summarize(rollouts)
-        metrics["reward/mean"] = metrics.pop("accuracy")
+        metrics["reward/mean"] = sum(rollout.reward for rollout in rollouts) / len(rollouts)
         metrics["reward/frac_zero_std"] = 1 - groups / (len(rollouts) / args.group_size)
         for update in range(args.updates_per_batch if kept else 0):
             of_update = accumulate_gradients(model, reference, kept, advantages, args)

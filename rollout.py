@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from verify import verify
+from verify import verify_batch
 
 transformers.utils.logging.disable_progress_bar()  # of loading and saving; sampling has its own
 
@@ -309,6 +309,7 @@ class Rollout:
     prompt: str = ""
     text: str = ""
     label: str = ""  # correct | incorrect | truncated
+    reward: float = 0.0  # filled in by rlvr.py
 
 
 class HFSampler:
@@ -456,8 +457,11 @@ def label_rollouts(rollouts, problems, tokenizer):
             prompt = tokenizer.decode(rollout.prompt_ids)
         rollout.prompt = prompt
         rollout.text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        right = rollout.finished and verify(rollout.text, rollout.problem.answer)
-        rollout.label = "truncated" if not rollout.finished else "correct" if right else "incorrect"
+        rollout.label = "truncated"
+    finished = [rollout for rollout in rollouts if rollout.finished]
+    verdicts = verify_batch([r.text for r in finished], [r.problem.answer for r in finished])
+    for rollout, right in zip(finished, verdicts):
+        rollout.label = "correct" if right else "incorrect"
     return rollouts
 
 

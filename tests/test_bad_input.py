@@ -293,6 +293,19 @@ def test_numbers_that_make_no_sense(base, stage, value):
     assert not Path("out").exists()
 
 
+BAD_REWARDS = {"no_such_module:f": "no_such_module", "bad_rewards:f": "'f'", "bad_rewards": "MODULE:FUNCTION",
+    "bad_rewards:text": "returned 'much'", "bad_rewards:nan": "returned nan", "bad_rewards:none": "returned None"}
+
+
+@pytest.mark.parametrize("reward, says", BAD_REWARDS.items())
+def test_reward_that_is_none(base, reward, says):
+    """A function that is not there, or returns no finite number."""
+    Path("bad_rewards.py").write_text("text = lambda response, gold: 'much'\n"
+        "nan = lambda response, gold: float('nan')\nnone = lambda response, gold: None\n")
+    status, _, err = run_stage(rlvr, *small(base, rlvr), "--reward", reward)
+    assert status == 2 and "--reward" in err.splitlines()[-1] and says in err.splitlines()[-1]
+
+
 CANNOT_WORK = [(rlvr, "--temperature 0"), (opsd, "--temperature 0"), (rlvr, "--refill -1")]
 
 

@@ -131,7 +131,7 @@ def base_fixture(tmp_path_factory, tmp_path, monkeypatch):
 @pytest.fixture(name="luck")
 def luck_fixture(monkeypatch):
     """About half of the finished responses count as correct: earning that would take minutes."""
-    monkeypatch.setattr(rollout, "verify", lambda response, gold: len(response) % 2 == 0)
+    monkeypatch.setattr(rollout, "verify_batch", lambda texts, golds: [len(text) % 2 == 0 for text in texts])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -321,10 +321,19 @@ def test_rlvr_truncated(base, luck, monkeypatch, truncated):
     assert ("truncated" in labels) == (truncated == "penalize")
 
 
+def test_rlvr_with_a_reward_of_the_users(base):
+    """--reward takes a function of a file in the user's folder; what is cut off still gets 0."""
+    Path("my_rewards.py").write_text("def brevity(response, gold):\n    return 1 / (1 + len(response))\n")
+    rows, _ = train(rlvr, base, "--reward my_rewards:brevity --max-new-tokens 22")
+    check_that_it_trained(base, rows)
+    assert all(0 < row["reward/mean"] < 1 and row["reward/mean"] != row["accuracy"] for row in rows)
+    assert all(row["reward/mean"] <= 1 - row["response/truncated"] for row in rows)
+
+
 @pytest.mark.parametrize("stage", [rlvr, opsd], ids=lambda stage: stage.__name__)
 def test_step_with_nothing_to_learn_from(base, stage, monkeypatch):
     """No reward anywhere: no gradient, no NaN, no division by zero, weights as they were."""
-    monkeypatch.setattr(rollout, "verify", lambda response, gold: False)
+    monkeypatch.setattr(rollout, "verify_batch", lambda texts, golds: [False] * len(texts))
     rows, out = train(stage, base, "--only-correct" if stage is opsd else "")
     assert [row["step"] for row in rows] == [1, 2] and not any("grad_norm" in row for row in rows)
     assert same_tensors(weights(base / "sft"), weights("out"))
@@ -379,7 +388,7 @@ def test_opsd_arms(base, luck, monkeypatch, arm, flags):
 
 def test_opsd_rollout_context_without_a_correct_sibling(base, monkeypatch):
     """Where no sibling is correct there is nothing to show: the step is skipped, not a crash."""
-    monkeypatch.setattr(rollout, "verify", lambda response, gold: False)
+    monkeypatch.setattr(rollout, "verify_batch", lambda texts, golds: [False] * len(texts))
     rows, out = train(opsd, base, "--context rollout --group-size 2")
     assert len(rows) == 2 and "2 of 2 steps had no rollout to keep" in out
     assert all(row["distill/accuracy"] == 0 for row in rows)

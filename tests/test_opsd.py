@@ -13,6 +13,7 @@ from conftest import VOCAB, assert_same_gradient, full_log_probs, make_tiny, scr
 import opsd
 import rollout
 from rollout import Problem, Rollout
+from verify import verify
 
 KINDS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.3), ("split", 0.5)]
 # Privileged prompts of the eight rollouts of conftest: other widths than the students', in no common order.
@@ -343,7 +344,7 @@ def test_a_wrong_answer_is_never_the_gold(tokenizer, args_of):
     args = args_of(opsd, "--context", "wrong-answer", "--batch-size", 8)
     for r, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
         shown = tokenizer.decode(prompt).split("The correct answer: ")[1].split("\n")[0]
-        assert shown != r.problem.answer and not rollout.verify(f"\\boxed{{{shown}}}", r.problem.answer)
+        assert shown != r.problem.answer and not verify(f"\\boxed{{{shown}}}", r.problem.answer)
     same = [Problem("What is 1?", "5"), Problem("What is 2?", "5")]
     args = args_of(opsd, "--context", "wrong-answer", "--batch-size", 2)
     for _, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), same):
@@ -356,7 +357,7 @@ def test_a_wrong_answer_is_not_the_gold_in_other_words(tokenizer, args_of):
     args = args_of(opsd, "--context", "wrong-answer", "--batch-size", 3)
     for r, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
         shown = tokenizer.decode(prompt).split("The correct answer: ")[1].split("\n")[0]
-        assert not rollout.verify(f"\\boxed{{{shown}}}", r.problem.answer)
+        assert not verify(f"\\boxed{{{shown}}}", r.problem.answer)
 
 
 def test_a_rollout_is_shown_a_correct_sibling_and_never_itself(tokenizer, args_of):
