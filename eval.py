@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems, read_jsonl
+from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems
+from rollout import read_problems
 from rollout import require_checkpoint, require_device, sample_row
 from verify import extract_answer, verify_batch
 
@@ -35,8 +36,10 @@ def get_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     add = parser.add_argument
     add("checkpoints", nargs="+", help="checkpoint folders or Hugging Face names, in order trained")
-    add("--data", help="a .jsonl file, used whole, or `arithmetic`; without it the held-out "
-        "problems of what the first checkpoint was trained on")
+    add("--data", help="a .jsonl file or data set, as in the stages, used whole; without it the "
+        "held-out problems of what the first checkpoint was trained on")
+    add("--columns", default="", help="as in the stages")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
     add("--problems", type=int, default=400, help="how many problems at most")
     add("--n", type=int, default=4, help="responses to each problem")
     add("--k", type=int, help="of pass@k; default: --n")
@@ -115,7 +118,7 @@ def evaluate_checkpoint(path, problems, args):
     model, tokenizer = load_model(path, args.device)
     start = time.time()
     rollouts = evaluate(HFSampler(model, tokenizer), problems, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, n=args.n, seed=args.seed)
+        temperature=args.temperature, n=args.n, seed=args.seed, thinking=args.thinking)
     seconds = time.time() - start
     groups = [rollouts[i : i + args.n] for i in range(0, len(rollouts), args.n)]
     mean = lambda of: [sum(map(of, group)) / args.n for group in groups]  # noqa: E731
@@ -196,14 +199,14 @@ def draw_figure(rows, path):
 
 def main():
     args = get_args()
-    data = args.data or default_data(args.checkpoints[0])
-    problems = (read_jsonl(data) if args.data and Path(args.data).is_file()
-        else load_problems(data)[1])
+    data, columns = (args.data, args.columns) if args.data else default_data(args.checkpoints[0])
+    whole = args.data not in (None, "arithmetic")
+    problems = read_problems(data, columns) if whole else load_problems(data, columns)[1]
     problems = problems[: args.problems]
     if not problems:
-        fail(f"--data {data}: holds no problem")
-    print(f"data: {data} ({len(problems)} problems, "
-        f"{'the whole file' if args.data else 'held out'}; {args.n} responses to each)")
+        fail(f"--data {data}: holds no usable problem")
+    print(f"data: {data} ({len(problems)} problems, {'of all' if whole else 'held out'}; "
+        f"{args.n} responses to each)")
     rows, before = [], None
     if args.samples:
         Path(args.samples).write_text("")

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import HFSampler, check_context, collate, default_data, draw, evaluate, fail, in_chunks
-from rollout import label_rollouts, load_model, load_problems, micro_batches, recover_checkpoint
-from rollout import render_prompt, require_device, require_solutions, response_hidden_states
-from rollout import sample_row, summarize
+from rollout import HFSampler, check_context, collate, default_data, draw, evaluate, fail, fitting
+from rollout import in_chunks, label_rollouts, load_model, load_problems, micro_batches
+from rollout import recover_checkpoint, render_prompt, require_device, require_solutions
+from rollout import response_hidden_states, sample_row, summarize
 from verify import verify_batch
 
 
@@ -176,15 +176,24 @@ def privileged_context(rollout, siblings, batch, context):
         "concise": ("concise",)}.get(context, ())
 
 
+def teacher_prompt_length(tokenizer, problem, args):
+    """Tokens of the prompt that the teacher will read of this problem, or a little more."""
+    kind = {"rollout": "solution", "wrong-answer": "answer", "none": None}.get(
+        args.context, args.context)
+    shown = problem.solution if args.context == "solution" else problem.answer
+    prompt = render_prompt(tokenizer, problem, kind, shown, thinking=args.thinking)
+    return len(prompt) + (args.max_new_tokens if args.context == "rollout" else 0)
+
+
 def sample_rollouts(sampler, problems, state, args):
     """-> all rollouts with their teacher prompts (None: nothing to show), and those that are kept.
     Moves state["cursor"], the position in the data, which also seeds the sampler."""
     everything, kept, budget = [], [], args.batch_size * args.group_size
     for _ in range(1 + (args.max_refills if args.match_budget else 0)):
         batch = draw(problems, state["cursor"], args.batch_size, args.seed)
-        rollouts = sampler.generate([render_prompt(sampler.tokenizer, p) for p in batch],
-            args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            seed=args.seed * 1_000_003 + state["cursor"])
+        prompts = [render_prompt(sampler.tokenizer, p, thinking=args.thinking) for p in batch]
+        rollouts = sampler.generate(prompts, args.group_size, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, seed=args.seed * 1_000_003 + state["cursor"])
         state["cursor"] += args.batch_size
         label_rollouts(rollouts, batch, sampler.tokenizer)
         for i, rollout in enumerate(rollouts):
@@ -192,7 +201,7 @@ def sample_rollouts(sampler, problems, state, args):
             shown = privileged_context(
                 rollout, rollouts[first : first + args.group_size], batch, args.context)
             prompt = None if shown is None else render_prompt(
-                sampler.tokenizer, rollout.problem, *shown)
+                sampler.tokenizer, rollout.problem, *shown, thinking=args.thinking)
             everything.append((rollout, prompt))
             if prompt is not None and is_kept(rollout, args) and len(kept) < budget:
                 kept.append((rollout, prompt))
@@ -228,15 +237,20 @@ def update_teacher(step, teacher, student, args):
 
 
 def run(args):
-    train, heldout = load_problems(args.data)
+    problems = load_problems(args.data, args.columns)
+    if args.context == "solution":
+        require_solutions(problems[0], args.data,
+            "the teacher is shown (or choose another --context)")
+    student, tokenizer = load_model(args.out if args.resume else args.init, args.device,
+        args.attn_implementation, args.gradient_checkpointing)
+    train, heldout = (fitting(part, student, args.max_new_tokens,
+        lambda p: teacher_prompt_length(tokenizer, p, args)) for part in problems)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
         flush=True)
-    if args.context == "solution":
-        require_solutions(train, args.data, "the teacher is shown (or choose another --context)")
-    student, tokenizer = load_model(args.out if args.resume else args.init, args.device)
     optimizer = make_optimizer(student, args)
     state = start_run(args, optimizer)
-    teacher = load_model(args.init, args.device)[0] if args.resume else copy.deepcopy(student)
+    teacher = (load_model(args.init, args.device, args.attn_implementation)[0]
+        if args.resume else copy.deepcopy(student))
     teacher.requires_grad_(False)
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
@@ -310,7 +324,12 @@ def add_common_flags(parser):
     add = parser.add_argument_group("the same in every stage").add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", help="folder of this run: checkpoint, args.json, metrics.jsonl, samples.jsonl")
-    add("--data", help=".jsonl file or `arithmetic` (built in); default: what --init trained on")
+    add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
+        "name:config, name:config:split, or a folder; default: what --init was trained on")
+    add("--columns", default="", help="names of its columns, if others than usual: "
+        "problem=Question,answer=Gold,solution=Steps")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="what is asked of chat templates that know thinking and not thinking")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
     add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
@@ -325,6 +344,9 @@ def add_common_flags(parser):
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the computation; weights stay float32")
+    add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep no activations, compute them again in the backward pass: less memory, slower")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
     add("--save-every", type=positive, help="steps between two saves; the last is always saved")
@@ -375,7 +397,8 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
-    args.data = args.data or default_data(args.init)
+    if not args.data:
+        args.data, args.columns = default_data(args.init)
     return args
 
 
@@ -450,7 +473,7 @@ def log_samples(args, step, kind, rollouts):
 def measure(step, sampler, heldout, args):
     """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
     rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature)
+        temperature=args.temperature, thinking=args.thinking)
     row = {f"eval/{key.removeprefix('response/')}": value
         for key, value in summarize(rollouts).items()}
     append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **row}])

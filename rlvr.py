@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from rollout import HFSampler, collate, default_data, draw, evaluate, fail, label_rollouts
+from rollout import HFSampler, collate, default_data, draw, evaluate, fail, fitting, label_rollouts
 from rollout import load_model, load_problems, micro_batches, recover_checkpoint, render_prompt
 from rollout import require_device, sample_row, summarize, token_log_probs
 
@@ -192,9 +192,9 @@ def sample_groups(sampler, problems, state, args, reward=None):
     everything, kept, kept_advantages, groups = [], [], [], 0
     for _ in range(1 + args.refill):
         batch = draw(problems, state["cursor"], args.batch_size, args.seed)
-        rollouts = sampler.generate([render_prompt(sampler.tokenizer, p) for p in batch],
-            args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            seed=args.seed * 1_000_003 + state["cursor"])
+        prompts = [render_prompt(sampler.tokenizer, p, thinking=args.thinking) for p in batch]
+        rollouts = sampler.generate(prompts, args.group_size, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, seed=args.seed * 1_000_003 + state["cursor"])
         state["cursor"] += args.batch_size
         everything += label_rollouts(rollouts, batch, sampler.tokenizer)
         for rollout in rollouts:
@@ -218,11 +218,15 @@ def sample_groups(sampler, problems, state, args, reward=None):
 
 def run(args):
     reward = load_reward(args.reward)
-    train, heldout = load_problems(args.data)
+    problems = load_problems(args.data, args.columns)
+    model, tokenizer = load_model(args.out if args.resume else args.init, args.device,
+        args.attn_implementation, args.gradient_checkpointing)
+    train, heldout = (fitting(part, model, args.max_new_tokens,
+        lambda p: len(render_prompt(tokenizer, p, thinking=args.thinking))) for part in problems)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
         flush=True)
-    model, tokenizer = load_model(args.out if args.resume else args.init, args.device)
-    reference = load_model(args.init, args.device)[0] if args.kl_coef else None
+    reference = (load_model(args.init, args.device, args.attn_implementation)[0]
+        if args.kl_coef else None)
     optimizer = make_optimizer(model, args)
     state = start_run(args, optimizer)
     sampler, heldout = HFSampler(model, tokenizer), heldout[: args.eval_problems]
@@ -275,7 +279,12 @@ def add_common_flags(parser):
     add = parser.add_argument_group("the same in every stage").add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", help="folder of this run: checkpoint, args.json, metrics.jsonl, samples.jsonl")
-    add("--data", help=".jsonl file or `arithmetic` (built in); default: what --init trained on")
+    add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
+        "name:config, name:config:split, or a folder; default: what --init was trained on")
+    add("--columns", default="", help="names of its columns, if others than usual: "
+        "problem=Question,answer=Gold,solution=Steps")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="what is asked of chat templates that know thinking and not thinking")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
     add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
@@ -290,6 +299,9 @@ def add_common_flags(parser):
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the computation; weights stay float32")
+    add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep no activations, compute them again in the backward pass: less memory, slower")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
     add("--save-every", type=positive, help="steps between two saves; the last is always saved")
@@ -340,7 +352,8 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
-    args.data = args.data or default_data(args.init)
+    if not args.data:
+        args.data, args.columns = default_data(args.init)
     return args
 
 
@@ -415,7 +428,7 @@ def log_samples(args, step, kind, rollouts):
 def measure(step, sampler, heldout, args):
     """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
     rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature)
+        temperature=args.temperature, thinking=args.thinking)
     row = {f"eval/{key.removeprefix('response/')}": value
         for key, value in summarize(rollouts).items()}
     append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **row}])

@@ -14,7 +14,10 @@ Three rules hold everywhere, because breaking any of them gives a bug that train
     needs no attention mask and positions start at 0. Only the sampler pads left, and passes a mask.
 """
 
+import argparse
+import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -32,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from verify import verify_batch
+from verify import extract_answer, verify_batch
 
 transformers.utils.logging.disable_progress_bar()  # of loading and saving; sampling has its own
 
@@ -97,43 +100,134 @@ def demonstrate_arithmetic(problem, rng, privileged):
 
 
 def render_response(thinking, answer):
-    return f"<think>{thinking}</think>\\boxed{{{answer}}}"
+    """What sft.py teaches. A solution that is a whole response already stays as it is."""
+    return thinking if "</think>" in thinking else f"<think>{thinking}</think>\\boxed{{{answer}}}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Problems: a file, and the split into train and held-out
+# Problems: a file or a Hugging Face data set, and the split into train and held-out
+
+COLUMNS = {  # what data sets call it, whatever the case; the first that a row fills counts
+    "problem": ["problem", "question", "prompt", "messages", "conversations"],
+    "answer": ["answer", "final_answer", "expected_answer", "ground_truth", "reward_model"],
+    "solution": ["solution", "rationale", "messages", "conversations"],
+}
+DAPO_WORDS = re.compile(r"^Solve the following math problem step by step\.[^\n]*\n\n|"
+    r"\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*$")
 
 
 def read_jsonl(path):
-    """A line an object: `problem`, `answer` and, for some stages, `solution`; or GSM8K's form."""
-    problems = []
+    """The objects of a file with one to a line."""
+    rows = []
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         fail(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:
             fail(f"{path}:{number}: not JSON ({error.msg})")
-        row = row if isinstance(row, dict) else {}
-        text, answer = row.get("problem", row.get("question")), row.get("answer")
-        solution = row.get("solution") or ""
-        if text is None or answer is None:
-            fail(f"{path}:{number}: needs the keys `problem` and `answer` (or GSM8K's `question`); "
-                f"has {sorted(row)}")
-        if "####" in str(answer):  # GSM8K: solution with marks like <<48/2=24>>, then "#### gold"
-            solution, answer = str(answer).rsplit("####", 1)
-            solution = re.sub(r"<<[^>]*>>", "", solution).strip()
-            answer = answer.strip().replace(",", "")
-        problems.append(Problem(str(text), str(answer), str(solution)))
-    return problems
+        if row is not None and not isinstance(row, dict):
+            fail(f"{path}:{number}: not a JSON object")
+        rows += [row] if row is not None else []
+    return rows
 
 
-def load_problems(data):
-    """--data (`arithmetic`, the built-in world, or a jsonl file) -> train and held-out problems.
+def read_dataset(data):
+    """`name`, `name:config` or `name:config:split` of the hub or of a local folder -> its rows."""
+    name, config, split = [*data.split(":", 2), "", ""][:3]
+    if name.endswith(".jsonl") or name.startswith((".", "/")) and not Path(name).exists():
+        fail(f"--data {data}: no such file or folder")
+    try:
+        import datasets
+    except ImportError:
+        fail(f"--data {data}: a Hugging Face data set needs the package: pip install datasets")
+    try:
+        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+        else:
+            try:
+                loaded = datasets.load_dataset(name, config or None, split=split or None)
+            except ValueError as error:  # several configurations; GSM8K's, for one, is called main
+                if config or "'main'" not in str(error):
+                    raise
+                loaded = datasets.load_dataset(name, "main", split=split or None)
+        if isinstance(loaded, dict):  # several splits
+            loaded = loaded[split or ("train" if "train" in loaded else next(iter(loaded)))]
+    except Exception as error:  # of many types: no network, no such name, no such configuration
+        reason = " ".join(str(error).split())[:300]
+        fail(f"--data {data}: {type(error).__name__}: {reason} (give a .jsonl file, a folder, "
+            "name, name:config or name:config:split; or `arithmetic`, which is built in)")
+    return list(loaded)
+
+
+def find_columns(data, has, columns=""):
+    """--columns `problem=Question,answer=Gold` and the names a data set has -> names by field."""
+    given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
+    for field, name in given.items():
+        if field not in COLUMNS or name not in has:
+            fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
+                f"{data} has: {sorted(has)}")
+    names = {field: [given[field]] if field in given else
+        [name for known in COLUMNS[field] for name in has if name.lower() == known]
+        for field in COLUMNS}
+    if not names["problem"] or not names["answer"] + names["solution"]:
+        lacks = "problem" if not names["problem"] else "answer"
+        fail(f"--data {data}: no column for the {lacks} in {sorted(has)}; name it, as in --columns "
+            "problem=Question,answer=Gold,solution=Steps")
+    return names
+
+
+def to_problem(row, names):
+    """A row -> Problem; its problem or answer is "" where the row has none.
+
+    Understood: GSM8K's `#### gold` and calculator marks, a solution that holds its answer (MATH's
+    \\boxed{}), chat messages, verl's reward_model, the words that DAPO-Math puts around a problem.
+    """
+    def value(field):
+        return next((row[name] for name in names[field] if row.get(name) not in (None, "", [])), "")
+
+    def says(roles, text):  # the last message of one of these roles
+        if not isinstance(text, list) or not all(isinstance(m, dict) for m in text):
+            return text
+        said = [m.get("content", m.get("value")) for m in text
+            if m.get("role", m.get("from")) in roles]
+        return said[-1] if said else ""
+
+    problem = says(("user", "human"), value("problem"))
+    answer, solution = value("answer"), says(("assistant", "gpt"), value("solution"))
+    if isinstance(answer, dict):
+        answer = answer.get("ground_truth", "")
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
+    if "####" in str(answer):  # GSM8K: a solution with marks like <<48/2=24>>, then "#### gold"
+        solution, _, answer = str(answer).rpartition("####")
+        solution, answer = re.sub(r"<<[^>]*>>", "", solution), answer.replace(",", "")
+    if answer in ("", None):
+        answer = extract_answer(str(solution))
+    answer = "" if answer is None else str(answer)
+    return Problem(DAPO_WORDS.sub("", str(problem)).strip(), answer.strip(), str(solution).strip())
+
+
+def read_problems(data, columns=""):
+    """All usable problems of a .jsonl file or a data set. Other rows are counted, and reported."""
+    rows = read_jsonl(data) if Path(data).is_file() else read_dataset(data)
+    if not rows:
+        fail(f"--data {data}: empty")
+    names = find_columns(data, {name: None for row in rows for name in row}, columns)
+    problems = [to_problem(row, names) for row in rows]
+    bad = [i for i, p in enumerate(problems, 1) if not p.problem or not p.answer]
+    if bad:
+        lacking = sum(not problems[i - 1].problem for i in bad)
+        print(f"data: {data}: {len(bad)} of {len(rows)} rows are left out, {lacking} without a "
+            f"problem, {len(bad) - lacking} without an answer; the first is row {bad[0]}",
+            flush=True)
+    return [p for p in problems if p.problem and p.answer]
+
+
+def load_problems(data, columns=""):
+    """--data -> train and held-out problems.
 
     One problem in 20 is held out, chosen by a hash of its text: no problem is on both sides, and
     the same problems are held out in every stage and for every seed.
@@ -141,11 +235,8 @@ def load_problems(data):
     if data == "arithmetic":
         rng = random.Random(0)
         problems = [make_arithmetic(rng) for _ in range(21_000)]
-    elif Path(data).is_file():
-        problems = read_jsonl(data)
     else:
-        fail(f"--data {data}: no such file (give a .jsonl file, or leave it out for the built-in "
-            "arithmetic world)")
+        problems = read_problems(data, columns)
     hashes = [zlib.crc32(p.problem.encode()) for p in problems]
     distinct = sorted(set(hashes))
     if len(distinct) < 2:
@@ -173,10 +264,11 @@ def permutation(n, seed, epoch):
 
 
 def default_data(init):
-    """What --init was trained on, as its args.json says; the built-in world otherwise."""
+    """--data and --columns that --init was trained on, as its args.json says; or the world's."""
     recover_checkpoint(init or "")
     saved = Path(init or "", "args.json")
-    return json.loads(saved.read_text())["data"] if init and saved.is_file() else "arithmetic"
+    args = json.loads(saved.read_text()) if init and saved.is_file() else {"data": "arithmetic"}
+    return args["data"], args.get("columns", "")
 
 
 def require_solutions(problems, data, why):
@@ -196,12 +288,31 @@ PRIVILEGED = {  # between the problem and the instruction in the teacher's promp
 }
 
 
+@lru_cache(maxsize=8)
+def generation_suffix(tokenizer, thinking=True):
+    """The tokens that the chat template puts between a user's message and the response."""
+    ids, message_ids = (tokenizer.apply_chat_template([{"role": "user", "content": INSTRUCTION}],
+        add_generation_prompt=add, enable_thinking=thinking, return_dict=False)
+        for add in (True, False))
+    same = sum(1 for _ in itertools.takewhile(lambda x: x[0] == x[1], zip(ids, message_ids)))
+    return ids[same:]
+
+
 def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
-    """Problem -> prompt ids by chat template. `context`: None (student) or a key of PRIVILEGED."""
+    """Problem -> prompt ids by chat template. `context`: None (student) or a key of PRIVILEGED.
+
+    Student's and teacher's end in the same tokens, the template's generation suffix; `<think>` is
+    one of them where the template opens it. One that is opened for only one of the two has been
+    the bug of other implementations.
+    """
     content = (problem.problem + (PRIVILEGED[context].format(privileged) if context else "")
         + INSTRUCTION)
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}],
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": content}],
         add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
+    suffix = generation_suffix(tokenizer, thinking)
+    assert ids[len(ids) - len(suffix) :] == suffix, (
+        f"the prompt ends in {tokenizer.decode(ids[-20:])!r}, not in {tokenizer.decode(suffix)!r}")
+    return ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,15 +359,36 @@ def make_model(tokenizer, seed):
     return Qwen3ForCausalLM(config)
 
 
-def load_model(path, device="cpu"):
-    """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
+# For base models, whose tokenizers have none.
+PLAIN_TEMPLATE = ("{{ bos_token or '' }}{% for m in messages %}{{ m.role | capitalize }}: "
+    "{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+
+
+def load_tokenizer(path):
+    """A checkpoint's or a Hugging Face model's tokenizer, with a chat template."""
     require_checkpoint(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"{path}: cannot be loaded as a model with its tokenizer: {reason}")
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}")
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_model(path, device="cpu", attn_implementation=None, gradient_checkpointing=False):
+    """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
+    tokenizer = load_tokenizer(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attn_implementation)
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"{path}: cannot be loaded as a model: {str(error).splitlines()[0]}")
+    if gradient_checkpointing:  # works in train mode only (see response_hidden_states)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.attention_dropout = 0.0
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     return model.to(device).eval(), tokenizer
 
 
@@ -283,6 +415,25 @@ def recover_checkpoint(path):
     path, old = Path(path), Path(f"{path}.old")
     if old.exists() and not path.exists():
         old.rename(path)
+
+
+def fitting(problems, model, new_tokens, prompt_length):
+    """The problems that fit the model's context: prompt_length(problem) and new_tokens after it.
+
+    Nothing is ever cut off a prompt. Those that do not fit are counted, and reported.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    short = lambda p: 1000 + 2 * len((p.problem + p.solution).encode())  # noqa: E731  surely enough
+    kept = [p for p in problems
+        if short(p) + new_tokens <= limit or prompt_length(p) + new_tokens <= limit]
+    if not kept:
+        fail(f"no problem fits the model's context of {limit} with {new_tokens} tokens for the "
+            "response: lower --max-new-tokens, or take another model")
+    if len(kept) < len(problems):
+        print(f"data: {len(problems) - len(kept)} of {len(problems)} problems are left out: with "
+            f"{new_tokens} tokens for the response they do not fit the model's context of {limit}",
+            flush=True)
+    return kept
 
 
 def check_context(model, prompt_tokens, new_tokens, whose="prompt"):
@@ -339,6 +490,7 @@ class HFSampler:
         two checkpoints sampled with one seed share their luck: their difference is less noisy.
         """
         check_context(self.model, max(map(len, prompts)), max_new_tokens)
+        self.model.eval()  # with gradient checkpointing, training left it in train mode
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts) * group_size, max_new_tokens, generator=generator,
             dtype=torch.float64)
@@ -484,9 +636,9 @@ def summarize(rollouts):
     }
 
 
-def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0):
+def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0, thinking=True):
     """n sampled responses to each problem -> labelled Rollouts."""
-    prompts = [render_prompt(sampler.tokenizer, p) for p in problems]
+    prompts = [render_prompt(sampler.tokenizer, p, thinking=thinking) for p in problems]
     rollouts = sampler.generate(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed)
     return label_rollouts(rollouts, problems, sampler.tokenizer)
@@ -522,6 +674,7 @@ def response_hidden_states(model, input_ids, response_mask):
     The output at position t predicts token t + 1: this shift stands here and nowhere else. Rows are
     in the batch's order, so student and teacher align though their prompts differ in width.
     """
+    model.train(model.is_gradient_checkpointing and torch.is_grad_enabled())
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][response_mask[:, 1:]]
 
@@ -551,3 +704,49 @@ def token_log_probs(model, input_ids, response_mask, temperature=1.0):
     packed = in_chunks(score, lm_head.out_features, hidden, input_ids[response_mask])
     out = [torch.zeros(input_ids.shape, device=input_ids.device) for _ in packed]
     return tuple(x.masked_scatter(response_mask, values) for x, values in zip(out, packed))
+
+
+# --------------------------------------------------------------------------------------------------
+# A look at the data, as the model will see it
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Shows three problems of a data set as the model will see them, and its size.")
+    add = parser.add_argument
+    add("--data", default="arithmetic", help="as in the stages")
+    add("--columns", default="", help="as in the stages")
+    add("--init", help="whose tokenizer and chat template; without it one is made from the data")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
+    args = parser.parse_args()
+    problems = (load_problems(args.data)[0] if args.data == "arithmetic"
+        else read_problems(args.data, args.columns))
+    if args.init:
+        tokenizer = load_tokenizer(args.init)
+    else:
+        tokenizer = make_tokenizer([INSTRUCTION, *PRIVILEGED.values()]
+            + [text for p in problems[:2000] for text in (p.problem, p.solution)])
+    prompts = {"student": lambda p: render_prompt(tokenizer, p, thinking=args.thinking),
+        "teacher": lambda p: render_prompt(tokenizer, p, *(("solution", p.solution) if p.solution
+            else ("answer", p.answer)), thinking=args.thinking)}
+    for problem in problems[:3]:
+        for reader, render in prompts.items():
+            ids = render(problem)
+            print(f"--- {reader}'s prompt, {len(ids)} tokens\n{tokenizer.decode(ids)}")
+        print(f"--- gold: {problem.answer}\n")
+    some = problems[:1000]
+    print(f"{len(problems)} usable problems. Of the first {len(some)}, in tokens:")
+    counts = {f"{reader}'s prompt": [len(render(p)) for p in some]
+        for reader, render in prompts.items()}
+    counts["solution"] = [len(tokenizer.encode(p.solution, add_special_tokens=False)) for p in some]
+    for name, lengths in counts.items():
+        lengths = sorted(lengths)
+        print(f"  {name:17s} shortest {lengths[0]:5d}   median {lengths[len(lengths) // 2]:5d}   "
+            f"longest {lengths[-1]:5d}")
+    golds = [p.answer for p in some]
+    equal = sum(verify_batch([f"\\boxed{{{gold}}}" for gold in golds], golds))
+    print(f"  {equal} of {len(some)} golds are found equal to themselves by verify.py")
+
+
+if __name__ == "__main__":
+    main()

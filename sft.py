@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from rollout import INSTRUCTION, PRIVILEGED, HFSampler, check_context, collate, default_data
-from rollout import demonstrate_arithmetic, draw, evaluate, fail, load_model, load_problems
+from rollout import demonstrate_arithmetic, draw, evaluate, fail, fitting, load_model, load_problems
 from rollout import make_model, make_tokenizer, micro_batches, recover_checkpoint, render_prompt
 from rollout import render_response, require_device, require_solutions, sample_row, summarize
 from rollout import token_log_probs
@@ -87,8 +87,16 @@ def build_example(tokenizer, problem, rng, args):
     else:
         response = render_response(problem.solution, problem.answer)
     prompt = render_prompt(tokenizer, problem,
-        *(("solution", problem.solution) if privileged else ()))
+        *(("solution", problem.solution) if privileged else ()), thinking=args.thinking)
     return prompt, tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id]
+
+
+def demonstration_length(tokenizer, problem, args):
+    """Tokens of the longest demonstration of this problem, prompt and response."""
+    prompt = render_prompt(tokenizer, problem, *(("solution", problem.solution)
+        if args.privileged_frac else ()), thinking=args.thinking)
+    response = render_response(problem.solution, problem.answer)
+    return len(prompt) + len(tokenizer.encode(response, add_special_tokens=False)) + 1
 
 
 def batches(step, model, tokenizer, problems, args):
@@ -123,12 +131,15 @@ def new_model(problems, args):
 
 
 def run(args):
-    train, heldout = load_problems(args.data)
+    problems = load_problems(args.data, args.columns)
+    require_solutions(problems[0], args.data, "sft.py learns from")
+    source = args.out if args.resume else args.init
+    model, tokenizer = (load_model(source, args.device, args.attn_implementation,
+        args.gradient_checkpointing) if source else new_model(problems[0], args))
+    train, heldout = (fitting(part, model, 0, lambda p: demonstration_length(tokenizer, p, args))
+        for part in problems)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)",
         flush=True)
-    require_solutions(train, args.data, "sft.py learns from")
-    source = args.out if args.resume else args.init
-    model, tokenizer = load_model(source, args.device) if source else new_model(train, args)
     optimizer = make_optimizer(model, args)
     state = start_run(args, optimizer)
     sampler, heldout = HFSampler(model, tokenizer), heldout[: args.eval_problems]
@@ -170,7 +181,12 @@ def add_common_flags(parser):
     add = parser.add_argument_group("the same in every stage").add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", help="folder of this run: checkpoint, args.json, metrics.jsonl, samples.jsonl")
-    add("--data", help=".jsonl file or `arithmetic` (built in); default: what --init trained on")
+    add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
+        "name:config, name:config:split, or a folder; default: what --init was trained on")
+    add("--columns", default="", help="names of its columns, if others than usual: "
+        "problem=Question,answer=Gold,solution=Steps")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="what is asked of chat templates that know thinking and not thinking")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
     add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
@@ -185,6 +201,9 @@ def add_common_flags(parser):
     add("--device", default=device, help="cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the computation; weights stay float32")
+    add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep no activations, compute them again in the backward pass: less memory, slower")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
     add("--save-every", type=positive, help="steps between two saves; the last is always saved")
@@ -235,7 +254,8 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
-    args.data = args.data or default_data(args.init)
+    if not args.data:
+        args.data, args.columns = default_data(args.init)
     return args
 
 
@@ -310,7 +330,7 @@ def log_samples(args, step, kind, rollouts):
 def measure(step, sampler, heldout, args):
     """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
     rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature)
+        temperature=args.temperature, thinking=args.thinking)
     row = {f"eval/{key.removeprefix('response/')}": value
         for key, value in summarize(rollouts).items()}
     append_jsonl(Path(args.out, "metrics.jsonl"), [{"step": step, **row}])

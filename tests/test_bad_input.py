@@ -1,6 +1,7 @@
 """Whatever is wrong: one line that says so, exit status 2, and no file of yours lost or changed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -180,9 +181,6 @@ BAD_LINES = {
     "two objects": json.dumps(GOOD) * 2,
     "a list": '["2+2?", "4"]',
     "a number": "4",
-    "no answer": '{"problem": "2+2?"}',
-    "no problem": '{"answer": "4"}',
-    "null": '{"problem": null, "answer": "4"}',
 }
 
 
@@ -227,25 +225,33 @@ def test_solution_not_needed(base, luck, stage, flags):
     assert run_stage(stage, *small(base, stage), "--data bare.jsonl", flags)[0] == 0
 
 
-@EVERY_STAGE
-def test_prompt_longer_than_the_context(base, stage):
-    """One very long problem: positions past the model's context are garbage, to train or sample."""
+LONG = "apple " * 2500
+
+
+@pytest.mark.parametrize("stage, where", [(sft, "question"), (rlvr, "question"), (opsd, "question"),
+    (sft, "answer"), (opsd, "answer")])
+def test_problems_longer_than_the_context(base, luck, stage, where):
+    """Positions past the model's context are garbage, and a prompt that is cut is another problem. One that
+    is too long is left out, and counted; so is one whose solution, which only the teacher reads, is."""
     rows = word_problems(20)
-    rows[7]["question"] = "Count the apples. " + "apple " * 2500
+    rows[7][where] = LONG + rows[7][where]
     write_rows(Path("long.jsonl"), rows)
-    all_of_them = "--problems 20" if stage is eval_stage else "--batch-size 20"
-    flags = [*small(base, stage), "--data long.jsonl", all_of_them]
-    refused(stage, *flags, says=["context of 2048", "--max-new-tokens"])
-
-
-def test_solution_longer_than_the_context(base, luck):
-    """Only the teacher reads the solution: its prompt must fit too, or be refused, never be cut."""
-    rows = word_problems(20)
+    status, out, err = run_stage(stage, *small(base, stage), "--data long.jsonl --batch-size 20")
+    assert status == 0, err
+    assert re.search("1 of 1[0-9] problems are left out", out) and "context of 2048" in out
     for row in rows:
-        row["answer"] = "apple " * 2500 + row["answer"]
+        row[where] = LONG + row[where]
     write_rows(Path("long.jsonl"), rows)
-    says = ["teacher's prompt", "context of 2048"]
-    refused(opsd, *small(base, opsd), "--data long.jsonl", says=says)
+    refused(stage, *small(base, stage, out="out2"), "--data long.jsonl", says=["context of 2048"])
+
+
+def test_eval_refuses_what_does_not_fit(base):
+    """Checkpoints are compared on the same problems: none is left out for one of them."""
+    rows = word_problems(20)
+    rows[7]["question"] = LONG
+    write_rows(Path("long.jsonl"), rows)
+    flags = [*small(base, eval_stage), "--data long.jsonl --problems 20"]
+    refused(eval_stage, *flags, says=["context of 2048", "--max-new-tokens"])
 
 
 # ---------------------------------------------------------------------------------------------------

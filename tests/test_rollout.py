@@ -83,17 +83,15 @@ def test_demonstrations_end_in_a_box_and_the_privileged_ones_are_right():
 # Data from a file
 
 
-def test_read_jsonl_in_its_own_form_and_in_gsm8ks(write_jsonl):
-    """GSM8K's `answer` is a solution with calculator marks, then the gold: as it is, nobody is ever right."""
+def test_a_jsonl_file(write_jsonl):
+    """Its own form; blank lines; a separator that is no end of a line."""
     path = write_jsonl([
-        {"question": "Clips?", "answer": "She sold 48/2 = <<48/2=24>>24 in May.\nIn all 48+24.\n#### 1,234"},
-        "",
         {"problem": "1+1", "answer": 2},
+        "",
         {"problem": "1/3?", "answer": "\\frac13", "solution": "One third."},
         {"problem": "a line\u2028separator", "answer": "-7"},
     ])  # fmt: skip
-    assert rollout.read_jsonl(path) == [
-        Problem("Clips?", "1234", "She sold 48/2 = 24 in May.\nIn all 48+24."),
+    assert rollout.read_problems(path) == [
         Problem("1+1", "2", ""),
         Problem("1/3?", "\\frac13", "One third."),
         Problem("a line\u2028separator", "-7", ""),
@@ -103,15 +101,14 @@ def test_read_jsonl_in_its_own_form_and_in_gsm8ks(write_jsonl):
 def test_a_null_solution_is_none(write_jsonl):
     """Many data sets write null where there is nothing: as str(None), that is a solution to learn from."""
     path = write_jsonl([{"problem": "1+1", "answer": "2", "solution": None}])
-    assert rollout.read_jsonl(path) == [Problem("1+1", "2", "")]
+    assert rollout.read_problems(path) == [Problem("1+1", "2", "")]
 
 
 def test_a_bad_line_is_named_and_the_run_ends(write_jsonl, fails_with, tmp_path):
     """A file with one bad line ends in a traceback that does not say which, or is trained on for hours."""
     good = {"problem": "1+1", "answer": "2"}
-    read = lambda *rows: rollout.read_jsonl(write_jsonl(rows))  # noqa: E731
+    read = lambda *rows: rollout.read_problems(write_jsonl(rows))  # noqa: E731
     fails_with(lambda: read(good, "{broken"), "data.jsonl:2", "not JSON")
-    fails_with(lambda: read(good, good, {"problem": "x"}), "data.jsonl:3", "answer")
     fails_with(lambda: read("[1, 2]"), "data.jsonl:1")
     fails_with(lambda: rollout.load_problems(str(tmp_path / "none.jsonl")), "none.jsonl", "no such file")
     fails_with(lambda: rollout.load_problems(write_jsonl([good, good])), "1 distinct")

@@ -136,7 +136,7 @@ def test_an_example_of_your_own_data_is_its_solution(tokenizer, args_of, write_j
     """The world's demonstrations must not leak into other data: there the solution is what is taught."""
     path = write_jsonl([{"problem": "1/3 + 1/6?", "answer": "1/2", "solution": "2/6 + 1/6."}])
     args = args_of(sft, "--data", path, "--privileged-frac", 0)
-    _, response = sft.build_example(tokenizer, rollout.read_jsonl(path)[0], random.Random(0), args)
+    _, response = sft.build_example(tokenizer, rollout.read_problems(path)[0], random.Random(0), args)
     assert tokenizer.decode(response) == "<think>2/6 + 1/6.</think>\\boxed{1/2}<|end|>"
 
 

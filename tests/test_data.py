@@ -1,0 +1,187 @@
+"""From a data set's rows to prompts: what is read, what is left out, and what the model sees."""
+
+import json
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+import rollout
+from rollout import Problem, generation_suffix, read_problems, render_prompt
+
+STEPS = "It is 1+1. So \\boxed{2}."
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".')
+CHAT = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": STEPS}]
+ROWS = {  # by data set whose form it is: a row, and what it says
+    "GSM8K": ({"question": "1+1?", "answer": "She has 1+1 = <<1+1=2>>2,\nso 2000.\n#### 2,000"},
+        Problem("1+1?", "2000", "She has 1+1 = 2,\nso 2000.")),
+    "MATH": ({"problem": "1+1?", "solution": STEPS, "level": "1", "type": "x"}, Problem("1+1?", "2", STEPS)),
+    "MATH-500": ({"problem": "1+1?", "solution": STEPS, "answer": "2.0"}, Problem("1+1?", "2.0", STEPS)),
+    "DAPO-Math, verl's": ({"prompt": [{"role": "user", "content": DAPO.format("1+1?")}], "ability": "MATH",
+        "reward_model": {"ground_truth": "2", "style": "rule"}}, Problem("1+1?", "2", "")),
+    "DAPO-Math, as text": ({"prompt": DAPO.format("1+1?"), "solution": "2"}, Problem("1+1?", "2", "2")),
+    "AIME 2024": ({"ID": "I-1", "Problem": "1+1?", "Solution": STEPS, "Answer": 2}, Problem("1+1?", "2", STEPS)),
+    "AIME 2025": ({"id": "0", "problem": "1+1?", "answer": "002"}, Problem("1+1?", "002", "")),
+    "OlympiadBench": ({"question": "1+1?", "final_answer": ["2", "3"], "solution": [STEPS]},
+        Problem("1+1?", "2, 3", f"{[STEPS]}")),
+    "chat": ({"messages": CHAT}, Problem("1+1?", "2", STEPS)),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": STEPS}]},
+        Problem("1+1?", "2", STEPS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, problem", ROWS.values(), ids=ROWS)
+def test_rows_of_known_data_sets(write_jsonl, row, problem):
+    """GSM8K's `answer`, for one, is a solution with a gold at its end: taken as it is, nobody is ever right."""
+    assert read_problems(write_jsonl([row])) == [problem]
+
+
+def test_rows_without_an_answer_are_counted(write_jsonl, capsys):
+    """A problem without a gold is one that nobody can solve: a reward of 0 for whatever is said."""
+    good = {"problem": "1+1?", "answer": "2"}
+    rows = [good, {"problem": "2+2?"}, {"answer": "4"}, {"problem": "2+2?", "answer": ""},
+        {"problem": None, "answer": "4"}, {"problem": "2+2?", "answer": None, "solution": "Clearly it is."}, good]
+    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2", "")] * 2
+    said = capsys.readouterr().out
+    assert "5 of 7 rows are left out, 2 without a problem, 3 without an answer; the first is row 2" in said
+
+
+def test_columns(write_jsonl, fails_with):
+    """Named by the user; a name that is not there is refused, with those that are."""
+    path = write_jsonl([{"Q": "1+1?", "A": "2", "S": STEPS, "answer": "wrong"}])
+    assert read_problems(path, "problem=Q,answer=A,solution=S") == [Problem("1+1?", "2", STEPS)]
+    fails_with(lambda: read_problems(path), "no column for the problem", "'A', 'Q', 'S', 'answer'", "--columns")
+    fails_with(lambda: read_problems(path, "problem=q"), "--columns problem=q", "'Q'")
+    fails_with(lambda: read_problems(path, "question=Q"), "--columns question=Q")
+    path = write_jsonl([{"problem": "1+1?", "level": 1}])
+    fails_with(lambda: read_problems(path), "no column for the answer", "'level', 'problem'")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set's folder as the hub has it: two configurations, two splits."""
+    datasets = pytest.importorskip("datasets")
+    lines = ["---", "configs:"]
+    for config in ("main", "socratic"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in ("test", "train"):
+            rows = [{"question": f"{config} {split} {i}?", "answer": f"So.\n#### {i}"} for i in range(4)]
+            (tmp_path / "set" / config).mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / config / f"{split}.parquet")
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+    (tmp_path / "set" / "README.md").write_text("\n".join([*lines, "---"]))
+    return str(tmp_path / "set")
+
+
+def test_a_hugging_face_data_set(folder, tmp_path, fails_with):
+    """By name, configuration and split; without them GSM8K's `main` and the split to train on."""
+    first = lambda data: read_problems(data)[0].problem  # noqa: E731
+    assert first(folder) == "main train 0?"
+    assert first(f"{folder}:socratic") == "socratic train 0?"
+    assert first(f"{folder}:main:test") == "main test 0?"
+    assert len(read_problems(f"{folder}:main:test[:3]")) == 3
+    fails_with(lambda: read_problems(f"{folder}:maine"), "maine", "socratic")
+    fails_with(lambda: read_problems(f"{folder}:main:dev"), "dev")
+    fails_with(lambda: read_problems(f"{folder}/not/here"), "no such file or folder")
+    import datasets
+
+    saved = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"problem": "1+1?", "answer": 2}])})
+    saved.save_to_disk(tmp_path / "saved")
+    assert read_problems(str(tmp_path / "saved")) == [Problem("1+1?", "2", "")]
+
+
+def test_a_hub_out_of_reach(fails_with):
+    """One line, and not the traceback of four libraries."""
+    pytest.importorskip("datasets")
+    fails_with(lambda: read_problems("openai/gsm8k"), "--data openai/gsm8k", "name:config")
+
+
+def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys):
+    """python rollout.py --data X: what the model will see, before hours are spent on it."""
+    path = write_jsonl([{"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"It is {i + 1}."} for i in range(9)]
+        + [{"problem": "10+1?", "answer": "11", "solution": "It is 11."}])
+    monkeypatch.setattr(sys, "argv", ["rollout.py", "--data", path])
+    rollout.main()
+    said = capsys.readouterr().out
+    assert said.count("<|user|>") == 6 and "<|user|>2+1?\nReason" in said and "A correct solution: It is 3." in said
+    assert "--- gold: 3\n" in said and "10 usable problems" in said and "10 of 10 golds" in said
+    assert f"student's prompt, {said.split('prompt, ')[1].split()[0]} tokens" in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+OPENS_THINK = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>><think>\n{% endif %}"
+
+
+def test_both_prompts_end_in_the_templates_suffix(tokenizer):
+    """A template that opens <think> must open it for the teacher too, or the two never meet."""
+    problem = Problem("1+1?", "2", "It is 2.")
+    try:
+        for template, ending in ((tokenizer.chat_template, "<|assistant|>"), (OPENS_THINK, ">><think>\n")):
+            generation_suffix.cache_clear()
+            tokenizer.chat_template = template
+            suffix = generation_suffix(tokenizer)
+            assert tokenizer.decode(suffix) == ending
+            for shown in ((), ("solution", "It is 2."), ("answer", "2"), ("concise",)):
+                assert render_prompt(tokenizer, problem, *shown)[-len(suffix) :] == suffix
+        tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt and "
+        tokenizer.chat_template += "messages[0].content | length < 99 %}<|assistant|>{% endif %}"
+        generation_suffix.cache_clear()
+        with pytest.raises(AssertionError, match="not in '<|assistant|>'"):
+            render_prompt(tokenizer, problem, "solution", "It is 2. " * 20)
+    finally:
+        tokenizer.chat_template = rollout.CHAT_TEMPLATE
+        generation_suffix.cache_clear()
+
+
+def test_no_thinking(tokenizer):
+    """--no-thinking is said to the template, and both prompts show it."""
+    problem = Problem("1+1?", "2", "It is 2.")
+    for shown in ((), ("solution", "It is 2.")):
+        text = tokenizer.decode(render_prompt(tokenizer, problem, *shown, thinking=False))
+        assert text.endswith("<|assistant|><think></think>")
+
+
+def test_a_base_model_gets_a_template(tokenizer, tmp_path):
+    """Without one, apply_chat_template raises; and a checkpoint of ours must know it later."""
+    tokenizer.save_pretrained(tmp_path / "base")
+    for path in (tmp_path / "base").glob("*"):
+        if path.suffix == ".jinja":
+            path.unlink()
+        elif path.name == "tokenizer_config.json":
+            config = json.loads(path.read_text())
+            config.pop("chat_template", None)
+            path.write_text(json.dumps(config))
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").chat_template is None
+    base = rollout.load_tokenizer(str(tmp_path / "base"))
+    text = base.decode(render_prompt(base, Problem("1+1?", "2")))
+    assert text == "User: 1+1?\nReason step by step; put the answer in \\boxed{}.\n\nAssistant:"
+    base.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == rollout.PLAIN_TEMPLATE
+
+
+def test_a_demonstration_that_is_whole_stays_as_it_is():
+    """Chat data holds the response as it is to be given; wrapped again, it would think twice."""
+    whole = "<think>1+1 is 2.</think>So \\boxed{2}."
+    assert rollout.render_response(whole, "2") == whole
+    assert rollout.render_response("1+1 is 2.", "2") == "<think>1+1 is 2.</think>\\boxed{2}"
+
+
+def test_fitting(capsys, fails_with):
+    """Bytes are counted first, tokens only where bytes do not settle it; what does not fit is counted."""
+    model = type("Model", (), {"config": type("Config", (), {"max_position_embeddings": 2000})})
+    problems = [Problem("x" * n, "2", "") for n in (10, 900, 1900)]
+    asked = []
+
+    def length(problem):
+        asked.append(len(problem.problem))
+        return len(problem.problem) + 50
+
+    assert rollout.fitting(problems, model, 100, length) == problems[:2] and asked == [900, 1900]
+    assert "1 of 3 problems are left out" in capsys.readouterr().out
+    fails_with(lambda: rollout.fitting(problems, model, 1990, length), "context of 2000", "--max-new-tokens")
