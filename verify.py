@@ -103,6 +103,8 @@ def is_answer(text, word_counts):
     """Whether this text, which stands in no box, is an answer and not prose."""
     try:
         normal = normalize(text)
+        if "\n" in text.strip() or not word_counts and re.fullmatch("[A-Za-z]", normal):
+            return False
         word = word_counts and re.fullmatch("[A-Za-z]+", normal)
         return bool(word or choice(normal)[0] or parse_math(text) is not None)
     except Exception:  # as in `judge`
@@ -188,10 +190,10 @@ UNICODE = [(re.compile(pattern), new) for pattern, new in [
     ("[\u200b-\u200d\u2060\ufeff]", ""), ("[\u202f\u2009\xa0]", r"\\ "), ("[£€]", r"\\$"),
     ("∛", r"\\Sqrt[3]"), ("ℝ", r"\\Reals "), ("[¼-¾⅐-⅞Α-Ωα-ω]|[⁰¹²³⁴-⁾ⁿⁱ]+|[₀-₎]+", rewrite)]]
 LATEX = [(needle, re.compile(pattern, re.A), new) for needle, pattern, new in [  # tried on a needle
-    ("", r"(?<=\d)(?:\{,\}|,?\\!|\\[,;: ]|~)(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
+    ("", r"(?<=\d)(?:\{,\}|,?\\! ?|\\[,;: ]|~)(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
     ("\\", r"\\(?:left|right)(?![A-Za-z])\s*\.?|(?<!\\)\\[,;:! ]|\\[hv]space\*?\s*\{[^}]*\}|\\(?:rm"
-        r"|bf|it|large|color\s*\{\w+\}|[bB]igg?[lrm]?|q?quad|displaystyle|textstyle|(?:no)?limits"
-        r"|f?box(?:ed)?)(?![A-Za-z])|\\(?:begin|end)\s*\{cases\}", " "),
+        r"|bf|it|[Ll]arge|(?:text)?color\s*\{\w+\}|underline|[bB]igg?[lrm]?|q?quad|displaystyle"
+        r"|textstyle|(?:no)?limits|f?box(?:ed)?)(?![A-Za-z])|\\(?:begin|end)\s*\{cases\}", " "),
     ("~", "~", " "), ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     ("binom", r"\\[dtc]binom(?![A-Za-z])", r"\\binom"),
     ("mathbb", r"\\mathbb\s*\{?\s*R\s*\}?", r"\\Reals "),
@@ -203,8 +205,10 @@ LATEX = [(needle, re.compile(pattern, re.A), new) for needle, pattern, new in [ 
     ("", r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|°", " degree "),
     ("sq", r"\bsq(?:uare|\.)?\s+([a-z]+)|\b([a-z]+) squared\b", r"\1\2^2 "),
     ("cub", r"\bcubic\s+([a-z]+)|\b([a-z]+) cubed\b", r"\1\2^3 "),
-    ("in", r"\bin\s*(?=\^)", "inch"),
-    ("=", r"^\s*(?:(?:m\s*)?\\angle\s*[A-Z]+|[A-Za-z ]{4,})\s*=", ""),  # Area = 24
+    ("in", r"\bin\s*(?=\^)|(?<=\d) *in *$", " inch"), ("sec", r"(?<=\d) *secs?\b", " second"),
+    (" ", r"\s+", " "), ("\\angle", r"^ ?(?:m ?)?\\angle ?[A-Z]+ ?=", ""),
+    ("=", r"^ ?(?!arc|sinh|cosh|tanh|sqrt|alpha|beta|gamma|lambda|theta|sigma|omega)[A-Za-z]{4,}"
+        r"(?: (?!not|or|and|no)[A-Za-z]+)* ?=", ""),  # Area = 24
     ("10", r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 3.2 x 10^-4
     ("U", r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),  # (0,1) U (2,3)
     ("]", r"^\s*\](.*?)\s*\[\s*$", r"(\1)"),  # ]0,1[
@@ -214,14 +218,15 @@ LATEX = [(needle, re.compile(pattern, re.A), new) for needle, pattern, new in [ 
         r"(\1+\\frac{\2\3}{\4\5})"),  # 2\frac13
     (".", r"(\d{0,99})\.(\d{0,99})\\(?:overline|dot)\s*\{(\d{1,99})\}", rewrite),  # 0.1\overline{6}
     ("_", r"\(\s*(\w+)\s*\)\s*_", r"\1_"),  # (52)_8
-    ("_", r"(?<!\w)(\d[0-9A-F]*|[A-F][0-9A-F]+)\s*_\{?\s*(\d{1,2})\s*\}?", rewrite),  # 52_8
+    ("_", r"(?<![\w.])(\d[0-9A-F]*|[A-F][0-9A-F]+)\s*_\{?\s*(\d{1,2})\s*\}?", rewrite),  # 52_8
     ("\\choose", r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     ("\\over", r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     ("\\\\", r"\\\\\s*\[[^\]]*\]", r"\\\\ "),  # \\[4pt]
     ("\\begin", r"\\begin\s*\{(?:(?:[pbB]|small)?matrix|array\}\s*\{[clr|]*)\}", r"\\matrix "),
     ("\\end", r"\\end\s*\{(?:(?:[pbB]|small)?matrix|array)\}", r"\\endmatrix "),
     ("\\matrix", r"^\s*[A-Z](?:\^\{-1\})?\s*=\s*(?=\\matrix)", ""),  # A = ...
-    ("=", r"^\s*\$?\s*([fghpqFGHPQ])(?:\^\{-1\})?\s*\(\s*\w\s*\)\s*=(?!=)", r"\1 ="),  # f(x) = ...
+    ("=", r"^\s*\$?\s*([fghpqFGHPQ])\s*\(\s*([A-Za-z])\s*\)\s*=(?!=)", r"\1_\2 ="),  # f(x) =
+    ("=", r"^\s*\$?\s*([fghpqFGHPQ])\^\{-1\}\s*\(\s*[a-z]\s*\)\s*=(?!=)", r"\1_0 ="),
     ("\\", r"(?<!\\)\\$", ""), ("{.}", r"\{\.\}", "."), ("\\colon", r"\\colon(?![A-Za-z])", ":"),
     ("$", r"-\s*\\?\$", r"\\$-"), ("$", r"\$\$|^\s*\$(?=[^$]+\$\s*$)", " "),
     ("", r"\\[()\[\]]|\*\*(?!\s*[\w({\\-])|^\s*\*\*|`", " ")]]
@@ -249,7 +254,8 @@ def normalize(text):
             lambda match: match[0].replace(",", ""), text)
     text = re.sub(r"^\s*\$(?=[^$]*$)", r"\\$", text)  # money; signs in pairs mean math mode
     text = re.sub(r"\s+", " ", re.sub(r"(?<!\\)\$", " ", text))
-    return text.strip().rstrip(" .,;:").removeprefix("=").strip()
+    text = text.strip() if text.rstrip().endswith("..") else text.strip().rstrip(" .,;:")
+    return text.removeprefix("=").strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,8 +270,13 @@ def number(x, point=()):
     if x in point or x in EXACT:
         return point[x] if x in point else EXACT[x]
     args = [number(arg, point) for arg in x.args]
-    if x.is_Add or x.is_Mul:
-        return MP.fsum(args) if x.is_Add else MP.fprod(args)
+    if x.is_Add:
+        sizes = [abs(arg) for arg in args if arg]
+        if sizes and max(sizes) > 10**140 * min(sizes):
+            raise OverflowError("a term that would vanish in rounding")
+        return MP.fsum(args)
+    if x.is_Mul:
+        return MP.fprod(args)
     name = x.func.__name__
     return getattr(MP, {"Abs": "fabs", "ceiling": "ceil", "Pow": "power"}.get(name, name))(*args)
 
@@ -287,6 +298,8 @@ def tame(value, limit):
 def power(base, exponent):
     if tame(exponent, MAX_EXPONENT).is_number and abs(exponent) * bits(base) > MAX_BITS:
         raise Unreadable("a power too large")
+    if not exponent.is_Integer and bits(base) > 4 * MAX_DIGITS:
+        raise Unreadable("a root of a number too large")
     if base.has(oo, -oo) or base == 0 and not exponent.is_positive:
         raise Unreadable("a power that is not defined")
     if base.is_Rational and base < 0 and exponent.is_Rational and exponent.q % 2 and exponent.q > 1:
@@ -319,7 +332,8 @@ OPERATORS = {  # how tightly it binds, and what it does
 CLOSING = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), r"\{": (r"\}",), "|": ("|",),
     r"\langle": (r"\rangle",), r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",),
     r"\matrix": (r"\endmatrix",)}
-AROUND = {"|": sympy.Abs, r"\lfloor": sympy.floor, r"\lceil": sympy.ceiling}
+AROUND = {"|": sympy.Abs, r"\lfloor": lambda x: sympy.floor(tame(x, 10**100)),
+    r"\lceil": lambda x: sympy.ceiling(tame(x, 10**100))}
 RELATIONS = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
     "!=": operator.ne, "=": operator.eq, r"\in": None, r"\approx": None}
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
@@ -393,6 +407,9 @@ class Parser:
             elif token[0] in DIGITS and (before[0] in DIGITS or before == "}" and (
                     self.tokens[self.at + 1 : self.at + 2] != ["^"])):  # 2^{n} 3^{m} is a product
                 raise Unreadable("two numbers side by side")
+            elif before[1:] in UNITS and (token[0] in DIGITS or token == "(") or (
+                    before[0] in DIGITS and token == "{"):
+                raise Unreadable("a number behind a unit, or in a group behind a number")
             right = () if level == 6 else (self.expression(level + (level < 5)),)
             value = self.apply(function, value, *right)
         return value
@@ -435,10 +452,13 @@ class Parser:
             self.tokens[self.at : self.at + 1] = [self.peek()[0], self.peek()[1:]]
         return self.atom()
 
-    def bracket(self, opener):
+    def enter(self, opener):
         self.open.append(opener)
         if len(self.open) > MAX_DEPTH:
             raise Unreadable(f"nested more than {MAX_DEPTH} deep")
+
+    def bracket(self, opener):
+        self.enter(opener)
         items, separators = ([], []) if self.peek() == r"\}" else self.items()
         kind = self.open.pop() + self.take(*CLOSING[opener])
         if opener in AROUND:
@@ -447,6 +467,9 @@ class Parser:
             kind, separators = "", [r"\\"] * (len(items) - 1)  # [[1, 2], [3, 4]] is a matrix too
             items = [x for item in items for x in item.items]
         if kind in ("", r"\matrix\endmatrix"):
+            widths = {row.count("&") for row in " ".join(separators).split(r"\\")}
+            if len(widths) > 1:
+                raise Unreadable("a matrix with rows of several lengths")
             kind = f"matrix of {1 + separators.count(chr(92) * 2)} rows"
         elif len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0]
@@ -454,6 +477,7 @@ class Parser:
         return Group(kind, tuple(items))
 
     def function(self, name):
+        self.enter(name)
         marks = {}
         while (mark := self.peek()) in ("^", "_"):
             self.take()
@@ -462,6 +486,7 @@ class Parser:
         value = self.atom() if bracketed else self.expression(4)
         while not bracketed and self.more() and self.peek() not in (*FUNCTIONS, *LOGS, *CLOSING):
             value = self.apply(operator.mul, value, self.expression(4))  # \sin 2x
+        self.open.pop()
         value = self.apply(lambda x: x.subs(UNITS["degree"], sympy.pi / 180), value)
         if marks.get("^") == -1 and name.replace("\\", "\\arc") in FUNCTIONS:
             name, marks = name.replace("\\", "\\arc"), {}
@@ -480,7 +505,8 @@ def parse_math(text):
     Region or a Relation of them. Raises Unreadable, or what sympy raises, on anything else.
     """
     text = normalize(text)
-    if re.fullmatch("[A-Za-z '-]{4,}", text) and text.lower() not in NAMES:
+    unit = text.lower().removesuffix("s") in UNITS or text == r"\$"
+    if unit or re.fullmatch("[A-Za-z '-]{3,}|[A-Z]{2}", text) and text.lower() not in NAMES:
         raise Unreadable("words")
     text = re.sub(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}", name_word, text)
     tokens = [ALIASES.get(token, token) for token in TOKEN.findall(text)]
@@ -496,7 +522,7 @@ def parse_math(text):
         value = combine(*parser.items())
         if parser.peek():
             raise Unreadable(f"{parser.peek()!r} was not expected")
-        several = choices and isinstance(value, Group) and value.kind == "list"
+        several = choices and isinstance(value, Group) and value.kind in ("list", "set")
         values += value.items if several else [value]
     return combine(list(dict.fromkeys(values)), ["or"]) if choices else values[0]
 
@@ -530,6 +556,9 @@ def relate(parts, signs):
     """The value, relation or relations that a chain such as x = 1 + 1 = 2 or a < x < b states."""
     if r"\approx" in signs:  # 1/3, which is about 0.33: the exact one counts
         signs = signs[: signs.index(r"\approx")]
+        exact, *about = map(number, parts[len(signs) :])
+        if any(abs(x - exact) > abs(exact) / 20 for x in about):
+            raise Unreadable("what is said to be about equal is not")
         parts = parts[: len(signs) + 1]
     if set(signs) - {"="}:
         return combine([Relation(*x) for x in zip(signs, parts, parts[1:])], ["and"])
@@ -552,7 +581,7 @@ def solution(item):
         names = left.items if isinstance(left, Group) else [left]
         inside = right.free_symbols if isinstance(right, Expr) else ()
         if all(isinstance(x, Symbol) and x not in inside for x in names):
-            return ", ".join(x.name.split("_")[0] for x in names), right
+            return ", ".join(x.name for x in names), right
     elif isinstance(left, Expr) and isinstance(right, Expr):
         difference, symbols = left - right, list((left - right).free_symbols)
         if isinstance(left, sympy.Abs) and sign in ("<", "<=", ">", ">="):  # |x| < 2
@@ -575,17 +604,16 @@ def combine(items, separators):
     if None in solved or not solved[0][0]:
         return Group("list", tuple(items))
     names, values = zip(*solved)
-    if set(names) <= {names[0], None}:
+    if {name and name.split("_")[0] for name in names} <= {names[0].split("_")[0], None}:  # x_1 too
         value = Group("list", values)
         if all(isinstance(value, Region) for value in values):
             join = any if "or" in separators else all
             value = Region(sum((region.ends for region in values), []),
                 lambda x: join(region.inside(x) for region in values))
-        return Relation(r"\in", Symbol(names[0], real=True), value)
+        return Relation(r"\in", Symbol(names[0].split("_")[0], real=True), value)
     if None in names or len(set(names)) < len(names):
         return Group("list", tuple(items))
-    names, values = zip(*sorted(solved, key=lambda x: x[0]))  # x = 1, y = 2 is (x, y) = (1, 2)
-    symbols = tuple(Symbol(name, real=True) for name in names)
+    symbols = tuple(Symbol(name, real=True) for name in names)  # x = 1, y = 2 is (x, y) = (1, 2)
     return Relation("=", Group("()", symbols), Group("()", values))
 
 
@@ -593,14 +621,17 @@ def combine(items, separators):
 # 5. Comparing
 
 
+RANGES = (1, 12, 1), (-97, 97, 97), (-60, -7, 1), (50, 900, 97), (-900, -50, 97)  # from, to; over
+
+
 def samples(*expressions):
     """Their values at random points where all are defined (and real, unless i is among them)."""
     symbols = sorted(set().union(*(x.free_symbols for x in expressions)), key=str)
     randint = random.Random(0).randint
     real = symbols and not any(x.has(sympy.I) for x in expressions)
-    for trial in range(8 if symbols else 1):
-        low, below = (50 if trial % 2 else -400), (97 if trial < 5 else 1)
-        point = {s: MP.mpf(randint(1 if s.is_positive else low, 400)) / below for s in symbols}
+    for trial in range(20 if symbols else 1):
+        low, high, below = RANGES[trial % 5]
+        point = {s: MP.mpf(randint(1 if s.is_positive else low, high)) / below for s in symbols}
         try:
             values = [number(x, point) for x in expressions]
         except (ValueError, ZeroDivisionError, OverflowError):  # not defined here
@@ -617,6 +648,8 @@ def near(a, b):
 
 def compare(a, b):
     """-> (whether two values that parse_math returned are equal, the rung that decided)."""
+    if isinstance(a, Relation) and isinstance(b, Relation):
+        a, b = by_name(a), by_name(b)
     if isinstance(a, Relation) or isinstance(b, Relation):
         known = [solution(a), solution(b)]
         if None not in known and (known[0][0] == known[1][0] or None in (known[0][0], known[1][0])):
@@ -653,9 +686,23 @@ def compare(a, b):
             for x in (a, b)]
         if not (bare[0].free_symbols | bare[1].free_symbols) & ALL_UNITS:
             return compare(*bare)
-    pairs, symbols = list(samples(a, b)), a.free_symbols | b.free_symbols
-    rung = f"expressions, at {len(pairs)} random points" if symbols else "numbers, to 150 digits"
-    return len(pairs) >= (2 if symbols else 1) and all(near(x, y) for x, y in pairs), rung
+    symbols, count = a.free_symbols | b.free_symbols, 0
+    for count, pair in enumerate(samples(a, b), 1):
+        if not near(*pair):
+            break
+    else:
+        if count >= (3 if symbols else 1):
+            return True, f"expressions, at {count} points" if symbols else "numbers, to 150 digits"
+    return False, f"expressions, at point {count}" if symbols else "numbers, to 150 digits"
+
+
+def by_name(relation):
+    """(y, x) = (2, 1) -> (x, y) = (1, 2)"""
+    _, left, right = relation
+    if not all(isinstance(x, Group) and x.kind == "()" and x.items for x in (left, right)):
+        return relation
+    names, values = zip(*sorted(zip(left.items, right.items), key=str))
+    return Relation("=", Group("()", names), Group("()", values))
 
 
 def same_relation(a, b):
@@ -665,15 +712,16 @@ def same_relation(a, b):
     signs = [FLIPPED[x.sign] if ">" in x.sign else x.sign for x in (a, b)]
     pairs = list(samples(*((x.right - x.left) * (1 if ">" in x.sign else -1) for x in (a, b))))
     return signs[0] == signs[1] and len(pairs) > 2 and all(
-        y != 0 and near(x * pairs[0][1], y * pairs[0][0]) and (signs[0] in ("=", "!=") or x / y > 0)
-        for x, y in pairs)
+        x != 0 != y and near(x * pairs[0][1], y * pairs[0][0]) and (
+            signs[0] in ("=", "!=") or x / y > 0) for x, y in pairs)
 
 
 def choice(text):
     """(B), B., Option B, (B) 42 -> ("B", what follows it); no choice: ("", text)."""
     match = re.fullmatch(r"(?:option |choice )?(\()? ?([A-Z])(?(1) ?\)|[.:)]?)"
         r"(?:(?<=[.:)]) ([\w\\$-].*))?", text, re.I)
-    hedge = match and re.search(r"\([A-Z]\)|\b(?:and|or|not|is|wrong)\b", match[3] or "")
+    hedge = match and re.search(r"\([A-Z]\)|\b(?:and|or|not|is|wrong|no|maybe|perhaps|probably"
+        r"|[B-H])\b", match[3] or "")
     return (match[2], match[3] or "") if match and match[2].isupper() and not hedge else ("", text)
 
 

@@ -101,6 +101,7 @@ KINDS = {
         1{,}234 == 1234
         10,\!000 == 10000
         1\,234\,567 == 1234567
+        11,\! 111,\! 111 == 11111111
         \$1,234.50 == 1234.5
         1.5 million == 1500000
         """, r"""
@@ -129,6 +130,9 @@ KINDS = {
         60 \text{ miles per hour} == 60 mph
         42 apples == 42
         3 \text{ hours} == 3
+        1\text{ day} == 1
+        5\text{ in} == 5
+        25\pi\text{ in}^2 == 25\pi
         """, r"""
         5\text{ cm} == 5\text{ m}
         5\text{ cm}^2 == 5\text{ cm}
@@ -136,6 +140,12 @@ KINDS = {
         3\text{ is wrong} == 3
         3\text{ or so} == 3
         not 3 == 3
+        1 hour 30 minutes == 30
+        2 feet 3 inches == 6
+        3 boys 4 girls == 12
+        5 dollars 25 cents == 125
+        cm == 1
+        men == 1
         """),
     "degrees": ("Degrees alone are a unit; in a sine they are a factor.", r"""
         30^\circ == 30
@@ -193,6 +203,7 @@ KINDS = {
         \alpha+\beta == β + α
         |x-1| == |1-x|
         a_1+a_2 == a_{2}+a_{1}
+        \sqrt{(1-x)(1+x)} == \sqrt{1-x^2}
         """, r"""
         2^{n+1} == 2^n+1
         (x+1)^2 == x^2+1
@@ -202,6 +213,11 @@ KINDS = {
         x == y
         2x == x
         x^2y == xy^2
+        x+5 == |x+5|
+        (-1)^{m+n} == (-1)^m
+        (-1)^{n}\binom{n}{k} == \binom{n}{k}
+        e^{1000}+x == e^{1000}
+        \pi+10^{-200} == \pi
         """),
     "equations": ("x = 5 answers a gold of 5; an equation that does not hold answers nothing.", r"""
         x=5 == 5
@@ -210,6 +226,8 @@ KINDS = {
         y=2x+1 == 2y=4x+2
         y=2x+1 == 2x+1
         f(x)=2x == 2x
+        \text{Area} = 24 == 24
+        P(A) = \frac{5}{36} == \frac{5}{36}
         x^2+y^2=25 == y^2=25-x^2
         \frac{x}{2}+\frac{y}{3}=1 == 3x+2y=6
         2+3=5 == 5
@@ -220,6 +238,15 @@ KINDS = {
         y=2x+1 == y=2x-1
         x^2=4 == x=2
         x = 2 = 3 == 3
+        x = x == y = 2x+1
+        x = x == x = 5
+        xyz = 6 == 6
+        tan x = 1 == sin x = 1
+        f(2)=5 == f(3)=5
+        f(x)=2x == f^{-1}(x)=2x
+        x_1=3 == x_2=3
+        3 \approx 4 == 3
+        3.14... == 3.14
         """),
     "tuples and lists": ("Lists match in any order, tuples in theirs; a missing item is a wrong answer.", r"""
         (1,2) == (1, 2)
@@ -231,6 +258,7 @@ KINDS = {
         x_1=2, x_2=3 == 3, 2
         (x,y)=(1,2) == (1,2)
         y=2, x=1 == (x,y)=(1,2)
+        m = 3, b = 2 == (3,2)
         (1,2),(3,4) == (3,4), (1,2)
         """, r"""
         (1,2) == (2,1)
@@ -242,6 +270,7 @@ KINDS = {
         (1,2) == \{1,2\}
         1, 1, 2 == 1, 2, 2
         x=1, y=2 == x=2, y=1
+        m = 2, b = 3 == (3,2)
         """),
     "sets": ("Sets have no order; the empty set is not the set of 0.", r"""
         \{1,2\} == \{2,1\}
@@ -304,6 +333,7 @@ KINDS = {
         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{pmatrix}1&3\\2&4\end{pmatrix}
         \begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix}1&2\end{pmatrix}
         \begin{pmatrix}1&2&3&4\end{pmatrix} == \begin{pmatrix}1&2\\3&4\end{pmatrix}
+        \begin{pmatrix}1&2&3\\4\end{pmatrix} == \begin{pmatrix}1&2\\3&4\end{pmatrix}
         """),
     "plus-minus": ("It stands for two values; one of them is half an answer.", r"""
         \pm 3 == 3, -3
@@ -311,6 +341,7 @@ KINDS = {
         2\pm\sqrt3 == 2-\sqrt3, 2+\sqrt3
         \frac{1±\sqrt5}{2} == \frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}
         (\pm1, 0) == (1,0), (-1,0)
+        \{1\pm\sqrt5,-2\} == \{-2, 1-\sqrt5, 1+\sqrt5\}
         """, r"""
         \pm3 == 3
         2\pm\sqrt3 == 2+\sqrt3
@@ -371,6 +402,9 @@ KINDS = {
         A or B == A
         (A) or (B) == A
         (A) is wrong == A
+        (A) B == A
+        A. 5, B. 6 == A
+        (A) maybe B == A
         \textbf{(B)} 43 == 42
         \textbf{(C)} 42 == B
         b+1 == B
@@ -382,6 +416,10 @@ KINDS = {
         """, r"""
         Thursday == Tuesday
         north == thorn
+        top == pot
+        IV == VI
+        BAC == ABC
+        \text{dog} == \text{cat}
         \text{yes, or no} == yes
         \text{not odd} == odd
         """),
@@ -471,6 +509,8 @@ EXTRACTED = {
     "a word alone": ("Thursday", "Thursday"),
     "prose": ("I think it could be 4 but I am not sure", None),
     "short prose": ("It is 4", None),
+    "two lines": ("2\n\n(2)", None),
+    "a letter after a box": (r"\boxed{4}. The answer is a.", "4"),
     "after the thinking": (r"<think>\boxed{3}</think>\boxed{4}", "4"),
     "in the thinking only": (r"<think>\boxed{4}</think>I do not know.", None),
     "a mark in the thinking only": ("<think>#### 4</think>Well.\nFour, perhaps.", None),
@@ -529,6 +569,10 @@ HOSTILE = {
     "digits": "\\boxed{" + "9" * 10**7 + "}",
     "digits after the point": "\\boxed{0." + "3" * N + "}",
     "thousands": "\\boxed{1" + ",000" * (N // 4) + "}",
+    "a rounded exponential": r"\boxed{\lfloor \exp(10^{7}) \rfloor}",
+    "a root of something huge": r"\boxed{(3^{9999}+2)^{1/7}}",
+    "logs of logs": r"\boxed{" + r"\ln " * 200 + "2}",
+    "blanks and a sign": r"\boxed{" + "~" * 1900 + "1=}",
     "large factorials": r"\boxed{99999!}",
     "factorials of factorials": r"\boxed{((((x!)!)!)!)!}",
     "binomials": r"\boxed{\binom{10^9}{10^8}}",
