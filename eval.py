@@ -22,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-from rollout import HFSampler, default_data, evaluate, fail, load_model, load_problems
-from rollout import read_problems
-from rollout import require_checkpoint, require_device, sample_row
+from rollout import default_data, evaluate, fail, load_model, load_problems
+from rollout import make_sampler, read_problems, require_checkpoint, require_device, sample_row
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -47,6 +46,9 @@ def get_args():
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")
     add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--sampler", choices=["hf", "vllm"], default="hf", help="as in the stages")
+    add("--vllm-memory", type=float, default=0.35, help="as in the stages")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --sampler vllm")
     add("--json", metavar="FILE", help="write the figures as json")
     add("--plot", metavar="FILE", help="draw accuracy against length, .svg or .png")
     add("--samples", metavar="FILE", help="write every response and its verdict, a json line each")
@@ -113,11 +115,10 @@ def thinking_length(response_ids, tokenizer):
     return len(response_ids) if think in response_ids[:2] else 0
 
 
-def evaluate_checkpoint(path, problems, args):
+def evaluate_checkpoint(path, sampler, problems, args):
     """-> the row of the table and of the json, and the same figures a problem, for pairing."""
-    model, tokenizer = load_model(path, args.device)
     start = time.time()
-    rollouts = evaluate(HFSampler(model, tokenizer), problems, max_new_tokens=args.max_new_tokens,
+    rollouts = evaluate(sampler, problems, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, n=args.n, seed=args.seed, thinking=args.thinking)
     seconds = time.time() - start
     groups = [rollouts[i : i + args.n] for i in range(0, len(rollouts), args.n)]
@@ -125,7 +126,7 @@ def evaluate_checkpoint(path, problems, args):
     per_problem = {
         "accuracy": mean(lambda r: r.label == "correct"),
         "length": mean(lambda r: len(r.response_ids)),
-        "think_length": mean(lambda r: thinking_length(r.response_ids, tokenizer)),
+        "think_length": mean(lambda r: thinking_length(r.response_ids, sampler.tokenizer)),
         "truncated": mean(lambda r: r.label == "truncated"),
         "doubt": mean(lambda r: len(DOUBT.findall(r.text))),
         "pass_at_k": [pass_at_k(args.n, sum(r.label == "correct" for r in group), args.k)
@@ -207,12 +208,16 @@ def main():
         fail(f"--data {data}: holds no usable problem")
     print(f"data: {data} ({len(problems)} problems, {'of all' if whole else 'held out'}; "
         f"{args.n} responses to each)")
-    rows, before = [], None
+    rows, before, sampler = [], None, None
     if args.samples:
         Path(args.samples).write_text("")
     for path in args.checkpoints:
         print(f"evaluating {path} ...", file=sys.stderr, flush=True)
-        row, per_problem, rollouts = evaluate_checkpoint(path, problems, args)
+        model, tokenizer = load_model(path, args.device)
+        if sampler is None or args.sampler == "hf":  # one engine of vLLM serves all checkpoints
+            sampler = make_sampler(model, tokenizer, problems, args)
+        sampler.sync(model)
+        row, per_problem, rollouts = evaluate_checkpoint(path, sampler, problems, args)
         rows.append(row | (paired_change(per_problem, before, args.seed) if before else {}))
         before = per_problem
         if args.samples:

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import HFSampler, check_context, collate, default_data, draw, evaluate, fail, fitting
-from rollout import in_chunks, label_rollouts, load_model, load_problems, micro_batches
-from rollout import recover_checkpoint, render_prompt, require_device, require_solutions
-from rollout import response_hidden_states, sample_row, summarize
+from rollout import check_context, collate, default_data, draw, evaluate, fail, fitting
+from rollout import in_chunks, label_rollouts, load_model, load_problems, make_sampler
+from rollout import micro_batches, recover_checkpoint, render_prompt, require_device
+from rollout import require_solutions, response_hidden_states, sample_row, summarize
 from verify import verify_batch
 
 
@@ -254,7 +254,8 @@ def run(args):
     teacher.requires_grad_(False)
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
-    sampler, heldout = HFSampler(student, tokenizer), heldout[: args.eval_problems]
+    heldout = heldout[: args.eval_problems]
+    sampler = make_sampler(student, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     state, budget = {"skipped": 0, "short": 0, **state}, args.batch_size * args.group_size
     if not args.resume:
@@ -347,6 +348,9 @@ def add_common_flags(parser):
     add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
     add("--gradient-checkpointing", action="store_true",
         help="keep no activations, compute them again in the backward pass: less memory, slower")
+    add("--sampler", choices=["hf", "vllm"], default="hf",
+        help="who samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
+    add("--vllm-memory", type=float, default=0.35, help="share of the GPU's memory for vLLM")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
     add("--save-every", type=positive, help="steps between two saves; the last is always saved")
@@ -382,6 +386,7 @@ def parse_args(parser):
         free = {"resume", "stop_after", "overwrite", "out", "device"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in free})
         args = parser.parse_args()
+        free |= {"micro_batch_size", "gradient_checkpointing", "vllm_memory"}  # of memory only
         changed = [k for k, v in vars(args).items() if k not in free and v != saved[k]]
         if changed:
             flags = ", ".join(f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed)
@@ -504,6 +509,7 @@ def finish_step(step, model, tokenizer, sampler, heldout, optimizer, state, inte
     """Measures and saves when it is time to, and ends the run when that was asked for."""
     last = step == args.steps
     if last or step % args.eval_every == 0:
+        sampler.sync(model)
         measure(step, sampler, heldout, args)
     stopping = interrupt.now(step) and not last
     if last or stopping or step % args.save_every == 0:
@@ -519,7 +525,13 @@ def main():
     # cache_enabled=False: autocast would keep bfloat16 copies of weights that are updated since.
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16",
             cache_enabled=False):
-        run(args)
+        try:
+            run(args)
+        except torch.OutOfMemoryError:
+            fail(f"out of memory on {args.device}: lower --micro-batch-size (now "
+                f"{args.micro_batch_size}) or --max-new-tokens, or add --gradient-checkpointing or "
+                "--dtype bfloat16; --resume goes on from the last save, also with another "
+                "--micro-batch-size")
 
 
 if __name__ == "__main__":

@@ -498,7 +498,8 @@ class HFSampler:
             dtype=torch.float64)
         rollouts = [None] * len(uniforms)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        per_chunk = max(1, self.max_rows // group_size)
+        rows = self.rows_that_fit(len(prompts[order[-1]]) + max_new_tokens)
+        per_chunk = max(1, rows // group_size)
         for start in range(0, len(order), per_chunk):
             chunk = order[start : start + per_chunk]
             rows = [i * group_size + j for i in chunk for j in range(group_size)]
@@ -508,6 +509,19 @@ class HFSampler:
                 finished = ids[-1] in self.stop_ids
                 rollouts[row] = Rollout(prompts[row // group_size], ids, log_probs, finished)
         return rollouts
+
+    def rows_that_fit(self, tokens):
+        """Sequences of so many tokens whose keys and values fit what is free on a GPU, twice: a
+        cache that grows is copied. Fewer rows change no rollout."""
+        if self.model.device.type != "cuda":
+            return self.max_rows
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row = tokens * 2 * config.num_hidden_layers * heads * size * 4  # bytes, at most
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - (
+            torch.cuda.memory_allocated())
+        return max(1, min(self.max_rows, int(free / 2.5 / row)))
 
     def _generate_chunk(self, prompts, group_size, uniforms, temperature):
         """R = len(prompts) * group_size rows at once -> [(response ids, log-probs)] of length R."""
@@ -621,7 +635,7 @@ class VLLMSampler:
     is dropped. A seed gives the same rollouts again, but not those of HFSampler.
     """
 
-    def __init__(self, model, tokenizer, args):
+    def __init__(self, model, tokenizer, problems, args):
         try:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: one GPU
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -634,12 +648,14 @@ class VLLMSampler:
         self.tokenizer, self.on_gpu, self.asleep = tokenizer, model.device.type == "cuda", set()
         self.params = vllm.SamplingParams
         context = getattr(model.config, "max_position_embeddings", None) or 32_768
+        longest = 1000 + max(len(p.problem.encode()) for p in problems)  # a token is a byte or more
         with tempfile.TemporaryDirectory() as folder:  # its weights come by `sync`
+            model.config.architectures = [type(model).__name__]  # as save_pretrained would
             model.config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self.engine = vllm.LLM(folder, load_format="dummy", dtype=args.dtype,
-                max_model_len=min(context, args.max_new_tokens + args.max_prompt_tokens),
+                max_model_len=min(context, longest + args.max_new_tokens),
                 enable_prefix_caching=True, logprobs_mode="processed_logprobs", seed=args.seed,
                 gpu_memory_utilization=args.vllm_memory, enable_sleep_mode=self.on_gpu,
                 enforce_eager=not self.on_gpu, worker_extension_cls="rollout.WeightSync")
@@ -653,6 +669,10 @@ class VLLMSampler:
     def sync(self, model):
         """The trainer's weights -> the engine, in place. What it cached of the old ones is void."""
         self.wake("weights")
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+        self.shapes = getattr(self, "shapes", shapes)
+        if shapes != self.shapes:
+            fail("--sampler vllm: the checkpoints are not of one architecture; use --sampler hf")
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             weights = [(name, weight.detach()) for name, weight in model.state_dict().items()]
             self.engine.collective_rpc("sync_weights", args=(weights,))
@@ -661,14 +681,14 @@ class VLLMSampler:
     def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
         """As HFSampler.generate. Token ids in, token ids out; a log-prob for each."""
         self.wake("weights", "kv_cache")
-        params = [self.params(n=group_size, temperature=temperature, max_tokens=max_new_tokens,
-            logprobs=0, seed=(seed * 10_007 + i * group_size) % 2**31, detokenize=False)
-            for i in range(len(prompts))]
+        params = self.params(n=group_size, temperature=temperature, max_tokens=max_new_tokens,
+            logprobs=0, detokenize=False)
+        torch.manual_seed(seed)  # the engine lives in this process; a seed per request is slower
         with torch.autocast("cuda" if self.on_gpu else "cpu", enabled=False):
             outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params,
                 use_tqdm=False)
         rollouts = []
-        for prompt, output in zip(prompts, outputs):
+        for prompt, output in zip(prompts, outputs, strict=True):
             for o in sorted(output.outputs, key=lambda o: o.index):
                 ids = list(o.token_ids)
                 log_probs = [at[i].logprob for at, i in zip(o.logprobs, ids)]
@@ -679,9 +699,9 @@ class VLLMSampler:
         return rollouts
 
 
-def make_sampler(model, tokenizer, args):
-    """--sampler hf or vllm."""
-    return (VLLMSampler(model, tokenizer, args) if args.sampler == "vllm"
+def make_sampler(model, tokenizer, problems, args):
+    """--sampler hf or vllm, for prompts of these problems."""
+    return (VLLMSampler(model, tokenizer, problems, args) if args.sampler == "vllm"
         else HFSampler(model, tokenizer))
 
 

@@ -32,11 +32,11 @@ from pathlib import Path
 
 import torch
 
-from rollout import INSTRUCTION, PRIVILEGED, HFSampler, check_context, collate, default_data
+from rollout import INSTRUCTION, PRIVILEGED, check_context, collate, default_data
 from rollout import demonstrate_arithmetic, draw, evaluate, fail, fitting, load_model, load_problems
-from rollout import make_model, make_tokenizer, micro_batches, recover_checkpoint, render_prompt
-from rollout import render_response, require_device, require_solutions, sample_row, summarize
-from rollout import token_log_probs
+from rollout import make_model, make_sampler, make_tokenizer, micro_batches, recover_checkpoint
+from rollout import render_prompt, render_response, require_device, require_solutions, sample_row
+from rollout import summarize, token_log_probs
 
 
 def get_args():
@@ -142,7 +142,8 @@ def run(args):
         flush=True)
     optimizer = make_optimizer(model, args)
     state = start_run(args, optimizer)
-    sampler, heldout = HFSampler(model, tokenizer), heldout[: args.eval_problems]
+    heldout = heldout[: args.eval_problems]
+    sampler = make_sampler(model, tokenizer, heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)
@@ -204,6 +205,9 @@ def add_common_flags(parser):
     add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
     add("--gradient-checkpointing", action="store_true",
         help="keep no activations, compute them again in the backward pass: less memory, slower")
+    add("--sampler", choices=["hf", "vllm"], default="hf",
+        help="who samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
+    add("--vllm-memory", type=float, default=0.35, help="share of the GPU's memory for vLLM")
     add("--eval-every", type=positive, help="steps between two measurements on held-out problems")
     add("--eval-problems", type=positive, default=128, help="how many held-out problems")
     add("--save-every", type=positive, help="steps between two saves; the last is always saved")
@@ -239,6 +243,7 @@ def parse_args(parser):
         free = {"resume", "stop_after", "overwrite", "out", "device"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in free})
         args = parser.parse_args()
+        free |= {"micro_batch_size", "gradient_checkpointing", "vllm_memory"}  # of memory only
         changed = [k for k, v in vars(args).items() if k not in free and v != saved[k]]
         if changed:
             flags = ", ".join(f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed)
@@ -361,6 +366,7 @@ def finish_step(step, model, tokenizer, sampler, heldout, optimizer, state, inte
     """Measures and saves when it is time to, and ends the run when that was asked for."""
     last = step == args.steps
     if last or step % args.eval_every == 0:
+        sampler.sync(model)
         measure(step, sampler, heldout, args)
     stopping = interrupt.now(step) and not last
     if last or stopping or step % args.save_every == 0:
@@ -376,7 +382,13 @@ def main():
     # cache_enabled=False: autocast would keep bfloat16 copies of weights that are updated since.
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16",
             cache_enabled=False):
-        run(args)
+        try:
+            run(args)
+        except torch.OutOfMemoryError:
+            fail(f"out of memory on {args.device}: lower --micro-batch-size (now "
+                f"{args.micro_batch_size}) or --max-new-tokens, or add --gradient-checkpointing or "
+                "--dtype bfloat16; --resume goes on from the last save, also with another "
+                "--micro-batch-size")
 
 
 if __name__ == "__main__":

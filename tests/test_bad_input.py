@@ -336,6 +336,23 @@ def test_unknown_device(base, stage, device, monkeypatch):
 
 
 @TRAINERS
+def test_out_of_memory(base, luck, stage, monkeypatch):
+    """The line says what to lower, and the run goes on from its save with that lowered."""
+    assert run_stage(stage, *small(base, stage, steps=3), "--stop-after 1")[0] == 0
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "accumulate_gradients", full)
+        status, _, err = run_stage(stage, "--resume --out out")
+    assert status == 2 and err.startswith("error: out of memory on cpu: lower --micro-batch-size (now ")
+    assert "--gradient-checkpointing" in err and err.count("\n") == 1
+    status, _, err = run_stage(stage, "--resume --out out --micro-batch-size 3 --gradient-checkpointing")
+    assert status == 0, err
+
+
+@TRAINERS
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_nan_in_the_loss(base, luck, stage, poison, monkeypatch):
     """A weight gone bad after step 2: the run ends, what was saved after step 1 is whole."""

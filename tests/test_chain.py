@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,6 +320,20 @@ def test_rlvr_truncated(base, luck, monkeypatch, truncated):
     labels = {rollout.label for rollouts in seen for rollout in rollouts}
     assert labels - {"truncated"} == {"correct", "incorrect"}
     assert ("truncated" in labels) == (truncated == "penalize")
+
+
+@pytest.mark.parametrize("stage", [sft, rlvr, opsd], ids=lambda stage: stage.__name__)
+def test_gradient_checkpointing_changes_no_weight(base, luck, stage):
+    """It works in train mode only, where a model has dropout, and without a cache, which sampling needs."""
+    trained = []
+    for flags in ("", "--gradient-checkpointing", "--attn-implementation eager"):
+        shutil.rmtree("out", ignore_errors=True)
+        rows, _ = train(stage, base, flags)
+        check_that_it_trained(base, rows)
+        trained.append(weights("out"))
+    assert same_tensors(trained[0], trained[1])
+    for key in trained[0]:
+        assert torch.allclose(trained[0][key], trained[2][key], atol=1e-4)
 
 
 def test_rlvr_with_a_reward_of_the_users(base):

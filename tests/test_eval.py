@@ -9,7 +9,7 @@ import pytest
 from conftest import encode_by_character, make_tiny
 
 import eval as evaluation  # the file is called eval.py, and the name is Python's own
-from rollout import Problem, Rollout, label_rollouts
+from rollout import HFSampler, Problem, Rollout, label_rollouts
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)])
@@ -108,15 +108,14 @@ def test_the_figures_of_a_checkpoint_by_hand(tokenizer, monkeypatch):
     rollouts = [said(3), said(3), said(7), said(3, finished=False)]
     rollouts += [said(n, " Wait, ") for n in (3, 3, 3, 7)]
 
-    def evaluate(sampler, problems, *, max_new_tokens, temperature, n, seed):
-        assert (max_new_tokens, temperature, n, seed) == (50, 0.6, 4, 1)
+    def evaluate(sampler, problems, *, max_new_tokens, temperature, n, seed, thinking):
+        assert (max_new_tokens, temperature, n, seed, thinking) == (50, 0.6, 4, 1, False)
         return label_rollouts(rollouts, problems, tokenizer)
 
-    monkeypatch.setattr(evaluation, "load_model", lambda path, device: (None, tokenizer))
-    monkeypatch.setattr(evaluation, "HFSampler", lambda model, tokenizer: None)
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    args = SimpleNamespace(device="cpu", n=4, k=2, max_new_tokens=50, temperature=0.6, seed=1)
-    row, per_problem, _ = evaluation.evaluate_checkpoint("ckpt/x", problems, args)
+    args = SimpleNamespace(n=4, k=2, max_new_tokens=50, temperature=0.6, seed=1, thinking=False)
+    sampler = SimpleNamespace(tokenizer=tokenizer)
+    row, per_problem, _ = evaluation.evaluate_checkpoint("ckpt/x", sampler, problems, args)
     assert per_problem["accuracy"] == [0.5, 0.25] and per_problem["truncated"] == [0.25, 0]
     assert (row["accuracy"], row["accuracy_se"]) == pytest.approx((0.375, 0.125))
     assert row["pass_at_k"] == pytest.approx(2 / 3) and per_problem["maj_at_k"] == [1, 0]
@@ -125,14 +124,12 @@ def test_the_figures_of_a_checkpoint_by_hand(tokenizer, monkeypatch):
     assert per_problem["length"] == [sum(lengths[:4]) / 4, sum(lengths[4:]) / 4]
 
 
-def test_a_checkpoint_against_itself_does_not_change(tokenizer, tmp_path, problems):
+def test_a_checkpoint_against_itself_does_not_change(tokenizer, problems):
     """Same problems, same luck: two identical checkpoints say the same, and the change is exactly 0."""
     model = make_tiny(vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, context=256)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    args = SimpleNamespace(device="cpu", n=2, k=1, max_new_tokens=6, temperature=1.0, seed=0)
-    path = str(tmp_path / "model")
-    first, second = (evaluation.evaluate_checkpoint(path, problems, args) for _ in range(2))
+    args = SimpleNamespace(n=2, k=1, max_new_tokens=6, temperature=1.0, seed=0, thinking=True)
+    sampler = HFSampler(model, tokenizer)
+    first, second = (evaluation.evaluate_checkpoint("x", sampler, problems, args) for _ in range(2))
     assert [r.response_ids for r in first[2]] == [r.response_ids for r in second[2]]
     change = evaluation.paired_change(second[1], first[1], seed=0)
     assert change["length_change_ci95"] == change["accuracy_change_ci95"] == [0, 0]

@@ -486,6 +486,33 @@ def test_token_log_probs_are_the_plain_ones(any_model, rollouts, temperature):
         torch.testing.assert_close(entropy[i, batch[1][i]], -(full.exp() * full).sum(-1), rtol=0, atol=1e-4)
 
 
+def test_gradient_checkpointing_recomputes(model, rollouts):
+    """Asked for in eval mode it does nothing, silently, and memory is as before: a layer runs twice."""
+    runs = []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(model.training))
+    input_ids, response_mask = rollout.collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    rollout.token_log_probs(model, input_ids, response_mask)[0].sum().backward()
+    assert runs == [True, True]
+    with torch.no_grad():
+        rollout.token_log_probs(model, input_ids, response_mask)
+    assert runs == [True, True, False]
+
+
+def test_rows_that_fit_a_gpu(model, monkeypatch):
+    """512 rows of 9,000 tokens of an 8B model are 1.3 TB of cache: fewer at once, and the same rollouts.
+
+    Here a row of 10 tokens takes 10 * 2 * 2 layers * 1 head * 16 * 4 bytes = 2,560.
+    """
+    sampler = make_sampler(model)
+    assert sampler.rows_that_fit(10) == 512
+    sampler.model = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    for name, value in {"mem_get_info": (64_000, 0), "memory_reserved": 5_000, "memory_allocated": 5_000}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert sampler.rows_that_fit(10) == 64_000 / 2.5 / 2_560 == 10
+    assert sampler.rows_that_fit(10_000) == 1 and sampler.rows_that_fit(0.1) == 512
+
+
 def test_token_log_probs_of_a_model_that_knows_nothing(model, rollouts):
     """Weights of zero give equal logits: every log-prob is -ln 24 = -3.1780538, every entropy ln 24."""
     with torch.no_grad():
