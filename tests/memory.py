@@ -20,9 +20,15 @@ from rollout import MAX_LOGITS  # noqa: E402
 
 SHAPES = {  # Qwen3: hidden, intermediate, layers, heads, tied embeddings
     "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True),
-    "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False),
+    "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False), "tiny": (64, 128, 2, 8, True),
 }  # fmt: skip
 GB = 1e9
+
+
+def make_config(name):
+    hidden, inner, layers, heads, tied = SHAPES[name]
+    return Qwen3Config(vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, head_dim=128,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied)
 
 
 def main():
@@ -32,11 +38,11 @@ def main():
     print(f"GB, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
     print("| Qwen3 | parameters | sft, rlvr | opsd | of it activations and logits | KV cache, a 1,000 tokens |")
     print("|---|---|---|---|---|---|")
-    for name, (hidden, inner, layers, heads, tied) in SHAPES.items():
-        config = Qwen3Config(vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, head_dim=128,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied)
+    for name, (hidden, inner, layers, heads, _) in SHAPES.items():
+        if name == "tiny":
+            continue
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in Qwen3ForCausalLM(config).parameters())
+            parameters = sum(p.numel() for p in Qwen3ForCausalLM(make_config(name)).parameters())
         inside = tokens * (6 * hidden + 4 * inner + 2 * (heads + 16) * 128) * 4
         working = tokens * hidden * layers * 4 + inside + 4 * MAX_LOGITS * 4
         cache = 1000 * 2 * layers * 8 * 128 * 2
