@@ -36,6 +36,7 @@ from rollout import check_context, collate, default_data, draw, evaluate, fail, 
 from rollout import in_chunks, label_rollouts, load_model, load_problems, make_sampler
 from rollout import micro_batches, recover_checkpoint, render_prompt, require_device
 from rollout import require_solutions, response_hidden_states, sample_row, summarize
+from rollout import token_log_probs
 from verify import verify_batch
 
 
@@ -227,6 +228,18 @@ def split_by_label_and_position(measured):
 
 
 @torch.no_grad()
+def sampler_mismatch(student, rollouts, args):
+    """KL(sampler || student) a token of one micro-batch, the k3 estimate: 0 but for rounding."""
+    some = rollouts[: args.micro_batch_size]
+    input_ids, response_mask = collate([r.prompt_ids for r in some], [r.response_ids for r in some],
+        student.device)
+    log_probs, _ = token_log_probs(student, input_ids, response_mask, args.temperature)
+    sampled = torch.tensor(sum((r.log_probs for r in some), []))
+    log_ratio = log_probs[response_mask].cpu() - sampled
+    return (log_ratio.exp() - 1 - log_ratio).mean().item()
+
+
+@torch.no_grad()
 def update_teacher(step, teacher, student, args):
     """--teacher: frozen does nothing here."""
     if args.teacher == "refresh" and step % args.refresh_every == 0:
@@ -267,7 +280,8 @@ def run(args):
         sampled = time.time()
         metrics = summarize([r for r, _ in everything])
         metrics |= {"distill/accuracy": metrics.pop("accuracy"),
-            "distill/kept_frac": len(kept) / len(everything)}
+            "distill/kept_frac": len(kept) / len(everything),
+            "kl/sample_train": sampler_mismatch(student, [r for r, _ in everything], args)}
         state["short"] += args.match_budget and len(kept) < budget
         loss, measured = 0.0, []
         if kept:

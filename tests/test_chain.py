@@ -401,6 +401,24 @@ def test_opsd_arms(base, luck, monkeypatch, arm, flags):
     assert labels == (kept | {"truncated"} if counts_as in kept else kept)
 
 
+@pytest.mark.parametrize("stage", [rlvr, opsd], ids=lambda stage: stage.__name__)
+def test_sampler_and_trainer_are_the_same_model(base, luck, monkeypatch, stage):
+    """kl/sample_train is 0 but for rounding at every step; weights that were not synced show in it."""
+    rows, _ = train(stage, base)
+    assert all(abs(row["kl/sample_train"]) < 1e-6 for row in rows)
+    shutil.rmtree("out")
+    original = rollout.HFSampler.generate
+
+    def stale(self, *args, **kwargs):
+        for r in (rollouts := original(self, *args, **kwargs)):
+            r.log_probs = [x - 0.1 for x in r.log_probs]
+        return rollouts
+
+    monkeypatch.setattr(rollout.HFSampler, "generate", stale)
+    rows, _ = train(stage, base)
+    assert all(row["kl/sample_train"] == pytest.approx(0.00517, abs=1e-4) for row in rows)  # e^.1 - 1 - .1
+
+
 def test_opsd_rollout_context_without_a_correct_sibling(base, monkeypatch):
     """Where no sibling is correct there is nothing to show: the step is skipped, not a crash."""
     monkeypatch.setattr(rollout, "verify_batch", lambda texts, golds: [False] * len(texts))

