@@ -741,7 +741,7 @@ def judge(response, gold):
         if letter and gold_letter:
             same_value = not value or not gold_value or judge(value, gold_value)[0]
             return letter == gold_letter and same_value, "the choice letter"
-        if re.fullmatch("[a-z '-]{4,}", gold.lower()) or gold.lower() in STOP:
+        if gold.lower() in STOP or gold not in NAMES and re.fullmatch("[A-Za-z '-]{4,}", gold):
             return text.lower() == gold.lower(), "the same words"
         return compare(parse_math(value or text), parse_math(gold_value or gold))
     except Exception as error:  # sympy raises errors of many types, and model text finds them all

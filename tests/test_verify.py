@@ -184,6 +184,7 @@ KINDS = {
         e^{i\pi} == -1
         \frac{1}{i} == -i
         \infty == +\infty
+        \infty == infinity
         """, r"""
         i == -i
         3+4i == 3-4i
