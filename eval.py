@@ -2,6 +2,8 @@
 
     python eval.py ckpt/sft ckpt/rlvr ckpt/opsd
     python eval.py ckpt/rlvr ckpt/opsd --plot figure.svg --json result.json --samples samples.jsonl
+    python eval.py ckpt/sft ckpt/rlvr ckpt/opsd --example           # one problem, word by word
+    python eval.py ckpt/rlvr --train --shortest shortest.jsonl      # data for sft.py
 
 n responses to each problem. Standard errors and intervals treat the *problem* as the unit: those
 to one problem are not independent. From the second checkpoint on, the change against the one before
@@ -12,9 +14,11 @@ is paired: the same problems and random numbers for each response, so that what 
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -22,8 +26,9 @@ from pathlib import Path
 
 import torch
 
-from rollout import default_data, evaluate, fail, load_model, load_problems
-from rollout import make_sampler, read_problems, require_checkpoint, require_device, sample_row
+from rollout import check_context, collate, default_data, evaluate, fail, load_model, load_problems
+from rollout import make_sampler, read_problems, render_prompt, require_checkpoint, require_device
+from rollout import response_hidden_states, sample_row
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -34,11 +39,13 @@ def get_args():
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="checkpoint folders or Hugging Face names, in order trained")
+    add("checkpoints", nargs="*", default=["ckpt/sft", "ckpt/rlvr", "ckpt/opsd"],
+        help="checkpoint folders or Hugging Face names, in the order trained")
     add("--data", help="a .jsonl file or data set, as in the stages, used whole; without it the "
         "held-out problems of what the first checkpoint was trained on")
     add("--columns", default="", help="as in the stages")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
+    add("--train", action="store_true", help="the problems trained on in place of those held out")
     add("--problems", type=int, default=400, help="how many problems at most")
     add("--n", type=int, default=4, help="responses to each problem")
     add("--k", type=int, help="of pass@k; default: --n")
@@ -52,6 +59,11 @@ def get_args():
     add("--json", metavar="FILE", help="write the figures as json")
     add("--plot", metavar="FILE", help="draw accuracy against length, .svg or .png")
     add("--samples", metavar="FILE", help="write every response and its verdict, a json line each")
+    add("--shortest", metavar="FILE", help="write the last checkpoint's shortest correct response "
+        "to each problem, as data for sft.py")
+    add("--example", action="store_true", help="show the responses to one problem side by side, "
+        "and where each model would say something else if it were shown the solution; another "
+        "--seed shows another problem")
     args = parser.parse_args()
     args.k = args.k or args.n
     for name in ("problems", "n", "k", "max_new_tokens"):
@@ -62,7 +74,9 @@ def get_args():
             f"(now {args.n})")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         fail(f"--plot {args.plot}: must end in .svg or .png")
-    for path in filter(None, (args.json, args.plot, args.samples)):
+    if args.train and args.data not in (None, "arithmetic"):
+        fail("--train goes with the data of the checkpoints; --data is used whole")
+    for path in filter(None, (args.json, args.plot, args.samples, args.shortest)):
         if not Path(path).resolve().parent.is_dir():
             fail(f"{path}: its folder does not exist")
     require_device(args.device)
@@ -198,16 +212,108 @@ def draw_figure(rows, path):
     figure.savefig(path)
 
 
+# --------------------------------------------------------------------------------------------------
+# Responses: the shortest, and one problem's side by side
+
+
+def write_shortest(rollouts, args):
+    """Rejection sampling's data: the shortest correct response to each problem, a row for sft.py."""
+    rows = []
+    for start in range(0, len(rollouts), args.n):
+        correct = [r for r in rollouts[start : start + args.n] if r.label == "correct"]
+        if correct:
+            best = min(correct, key=lambda r: len(r.response_ids))
+            rows.append({"problem": best.problem.problem, "answer": best.problem.answer,
+                "solution": best.text})
+    Path(args.shortest).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"\n{args.shortest}: {len(rows)} of {len(rollouts) // args.n} problems have a correct "
+        f"response; train on them with\n  python sft.py --init {args.checkpoints[-1]} --data "
+        f"{args.shortest} --privileged-frac 0 --out ckpt/shortest --steps 40 --lr 2e-4")
+
+
+@torch.no_grad()
+def teacher_gap(model, tokenizer, rollout, thinking):
+    """What a model thinks of its response without and with the solution in its prompt.
+
+    -> log-probs (|y|, V) of the student and of the teacher, same weights, same response ids.
+    """
+    problem = rollout.problem
+    shown = ("solution", problem.solution) if problem.solution else ("answer", problem.answer)
+    log_probs = []
+    for prompt in (rollout.prompt_ids, render_prompt(tokenizer, problem, *shown, thinking=thinking)):
+        check_context(model, len(prompt), len(rollout.response_ids))
+        hidden = response_hidden_states(
+            model, *collate([prompt], [rollout.response_ids], model.device))
+        log_probs.append(model.get_output_embeddings()(hidden).float().log_softmax(-1).cpu())
+    return log_probs
+
+
+def wrap(pieces, width):
+    """(text, colour) pieces, each cut where it must be -> lines of pieces, `width` columns each."""
+    lines, room = [[]], width
+    for text, colour in pieces:
+        for k, part in enumerate(text.split("\n")):
+            if k:
+                lines, room = [*lines, []], width
+            while len(part) > room:
+                if room == width or not part[:room].strip():  # longer than a whole line: cut it
+                    lines[-1].append((part[:room], colour))
+                    part = part[room:]
+                lines, room = [*lines, []], width
+            lines[-1].append((part, colour))
+            room -= len(part)
+    return lines
+
+
+def print_example(problem, args):
+    """One problem's response by each checkpoint, side by side, and below, for each, the tokens on
+    which student and teacher differ most. Colours, on a terminal: red, the teacher finds the token
+    less likely than the student does (distillation would remove it); green, more likely."""
+    colours = sys.stdout.isatty()
+    columns, below = [], []
+    for path in args.checkpoints:
+        model, tokenizer = load_model(path, args.device)
+        rollout = evaluate(make_sampler(model, tokenizer, [problem], args), [problem],
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
+            thinking=args.thinking)[0]
+        student, teacher = teacher_gap(model, tokenizer, rollout, args.thinking)
+        ids = torch.tensor(rollout.response_ids)[:, None]
+        gap = (teacher - student).gather(1, ids)[:, 0]  # log p_T(y_t) - log p_S(y_t)
+        kl = (student.exp() * (student - teacher)).sum(-1)
+        words = [tokenizer.decode([i]) for i in rollout.response_ids]
+        paint = [(41 if g < 0 else 42) if abs(g) > math.log(2) else 0 for g in gap.tolist()]
+        columns.append((f"{path}: {rollout.label}, {len(words)} tokens", list(zip(words, paint))))
+        below.append(f"\n{path}: KL(student || teacher) {kl.mean():.3f} a token; most of it at\n"
+            f"  {'token':>6}  {'':14}  student  teacher     KL   the teacher would say")
+        for t in sorted(kl.topk(min(5, len(words))).indices.tolist()):
+            best = teacher[t].argmax().item()
+            below.append(f"  {t:6d}  {words[t]!r:14}  {student[t, ids[t]].exp().item():7.3f}  "
+                f"{teacher[t, ids[t]].exp().item():7.3f}  {kl[t]:5.2f}   "
+                f"{tokenizer.decode([best])!r} ({teacher[t, best].exp():.3f})")
+    print(f"problem:  {problem.problem}\nsolution: {problem.solution}\nanswer:   {problem.answer}\n")
+    width = max(20, shutil.get_terminal_size().columns // len(columns) - 2)
+    cells = [wrap([(head, 1), ("\n\n", 0)], width)[:-1] + wrap(pieces, width)
+        for head, pieces in columns]
+    for row in itertools.zip_longest(*cells, fillvalue=[]):
+        print("  ".join("".join(f"\033[{c}m{text}\033[0m" if colours and c else text
+            for text, c in line) + " " * (width - sum(len(text) for text, _ in line))
+            for line in row).rstrip())
+    print("\n".join(below))
+
+
 def main():
     args = get_args()
     data, columns = (args.data, args.columns) if args.data else default_data(args.checkpoints[0])
     whole = args.data not in (None, "arithmetic")
-    problems = read_problems(data, columns) if whole else load_problems(data, columns)[1]
-    problems = problems[: args.problems]
+    problems = (read_problems(data, columns) if whole
+        else load_problems(data, columns)[0 if args.train else 1])
     if not problems:
         fail(f"--data {data}: holds no usable problem")
-    print(f"data: {data} ({len(problems)} problems, {'of all' if whole else 'held out'}; "
-        f"{args.n} responses to each)")
+    if args.example:
+        return print_example(problems[args.seed % len(problems)], args)
+    problems = problems[: args.problems]
+    which = "of all" if whole else "trained on" if args.train else "held out"
+    print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each)")
     rows, before, sampler = [], None, None
     if args.samples:
         Path(args.samples).write_text("")
@@ -226,6 +332,8 @@ def main():
                     row = {"checkpoint": path, **sample_row(r), "extracted": extract_answer(r.text)}
                     file.write(json.dumps(row) + "\n")
     print_table(rows)
+    if args.shortest:
+        write_shortest(rollouts, args)
     if args.json:
         Path(args.json).write_text(json.dumps({"checkpoints": rows}, indent=1) + "\n")
     if args.plot:

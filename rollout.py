@@ -79,14 +79,16 @@ def make_arithmetic(rng):
     return Problem(f"Compute {text}.", str(value), " ".join(steps))
 
 
-def demonstrate_arithmetic(problem, rng, privileged):
+def demonstrate_arithmetic(problem, rng, privileged, think=True):
     """A demonstration: the chain worked aloud, verbose and fallible. Returns response text.
 
     A first result is a slip (off by 1, 2 or 10) with probability SLIP; the chain goes on from it.
     After each result the writer checks with probability CHECK, again and again; a check is right:
     it mends a slip. Who holds the solution (`privileged`) makes no slips and hardly ever checks.
+    Without thinking nobody checks.
     """
     slip, check = (0.0, PRIVILEGED_CHECK) if privileged else (SLIP, CHECK)
+    check = check if think else 0.0
     thinking, value = [], None
     for first, op, b in re.findall(r"(\d+)([-+*])(\d+)=", problem.solution):
         value = int(first) if value is None else value
@@ -98,12 +100,14 @@ def demonstrate_arithmetic(problem, rng, privileged):
             thinking.append(f"Wait, {value}{op}{b}={right} {'ok' if written == right else 'no'}.")
             written = right
         value = written
-    return render_response(" ".join(thinking), value)
+    return render_response(" ".join(thinking), value, think)
 
 
-def render_response(thinking, answer):
+def render_response(steps, answer, think=True):
     """What sft.py teaches. A solution that is a whole response already stays as it is."""
-    return thinking if "</think>" in thinking else f"<think>{thinking}</think>\\boxed{{{answer}}}"
+    if "</think>" in steps:
+        return steps
+    return f"<think>{steps}</think>\\boxed{{{answer}}}" if think else f"{steps} \\boxed{{{answer}}}"
 
 
 # --------------------------------------------------------------------------------------------------

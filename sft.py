@@ -83,9 +83,9 @@ def build_example(tokenizer, problem, rng, args):
     as it will be when sampled, and ends in EOS."""
     privileged = rng.random() < args.privileged_frac
     if args.data == "arithmetic":
-        response = demonstrate_arithmetic(problem, rng, privileged)
+        response = demonstrate_arithmetic(problem, rng, privileged, args.thinking)
     else:
-        response = render_response(problem.solution, problem.answer)
+        response = render_response(problem.solution, problem.answer, args.thinking)
     prompt = render_prompt(tokenizer, problem,
         *(("solution", problem.solution) if privileged else ()), thinking=args.thinking)
     return prompt, tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id]
@@ -95,7 +95,7 @@ def demonstration_length(tokenizer, problem, args):
     """Tokens of the longest demonstration of this problem, prompt and response."""
     prompt = render_prompt(tokenizer, problem, *(("solution", problem.solution)
         if args.privileged_frac else ()), thinking=args.thinking)
-    response = render_response(problem.solution, problem.answer)
+    response = render_response(problem.solution, problem.answer, args.thinking)
     return len(prompt) + len(tokenizer.encode(response, add_special_tokens=False)) + 1
 
 

@@ -1,63 +1,131 @@
-"""The README's results table and figure from .github/results/seed*.json, which tests/run_seeds.sh writes.
+"""The README's results from .github/results/seed*.json, which tests/run_seeds.sh writes.
 
-    python tests/results.py                     # prints the table, as Markdown
+    python tests/results.py                          # prints the tables, as Markdown
     python tests/results.py --plot .github/results.svg
 
-A cell is the mean over seeds and, in brackets, the lowest and the highest seed: with three seeds a
-range says more than an interval. Changes are against the same seed's RLVR checkpoint.
+A cell is the mean over seeds and, in brackets, its 95 % interval: mean +- t * s / sqrt(n), Student's t with
+n - 1 degrees of freedom, the seed being the unit. Changes are taken within a seed, against its own start.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent.parent / ".github" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / ".github" / "results"
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+TABLES = {  # title -> arms, and what their changes are against
+    "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "all", "only-correct", "only-incorrect"]),
+    "Equal budgets": ("rlvr", ["all", "correct-matched", "incorrect-matched"]),
+    "Divergences": ("rlvr", ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect",
+        "jsd-correct", "jsd-incorrect", "split-all"]),
+    "Controls": ("rlvr", ["only-correct", "context-none", "context-concise", "context-answer",
+        "context-wrong-answer", "context-sibling", "shortest-sft"]),
+    "Teachers, 100 steps": ("rlvr", ["frozen-100", "refresh-50", "refresh-1", "ema"]),
+    "OPSD in place of RLVR, and before it": ("sft", ["rlvr", "sft-opsd", "sft-opsd-rlvr", "only-correct"]),
+    "Without thinking": ("short-rlvr", ["short-sft", "short-rlvr", "short-all", "short-correct",
+        "short-incorrect"]),
+}
+
+
+def collect(folder):
+    """ckpt/seedN -> .github/results/seedN.json: of each arm what eval.py found, its path and its KL."""
+    arms = {}
+    for path in sorted(Path(folder).glob("*/eval.json")):
+        row = json.loads(path.read_text())["checkpoints"][0]
+        keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
+        arm = {key: round(row[key], 5) for key in keys}
+        log = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+        arm["path"] = [[row["step"], round(row["eval/len_mean"], 2), round(row["eval/accuracy"], 4)]
+            for row in log if "eval/accuracy" in row]
+        steps = [row for row in log if "distill/kl" in row]
+        for name, part in ("first", steps[:1]), ("last_10", steps[-10:]):
+            keys = sorted({key for row in part for key in row if key.startswith("distill/k")})
+            values = {key.removeprefix("distill/"): [row[key] for row in part if key in row] for key in keys}
+            arm |= {name: {key: round(sum(v) / len(v), 5) for key, v in values.items()}} if part else {}
+        arms[path.parent.name] = arm
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(arm)}" for name, arm in arms.items())
+    (RESULTS / f"{Path(folder).name}.json").write_text(f"{{\n{rows}\n}}\n")
 
 
 def load_runs(folder=RESULTS):
-    """-> {arm: [row of each seed]}, arms in the order in which they were evaluated."""
-    runs = {}
-    for path in sorted(folder.glob("seed*.json")):
-        for row in json.loads(path.read_text())["checkpoints"]:
-            runs.setdefault(Path(row["checkpoint"]).name, []).append(row)
-    return runs
+    """-> [{arm: row}], one dict a seed."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
 
 
-def cell(values, sign=""):
-    """Mean (lowest to highest), one digit after the point."""
-    return f"{sum(values) / len(values):{sign}.1f} ({min(values):{sign}.1f} to {max(values):{sign}.1f})"
+def mean_and_half_width(values):
+    """Mean and half the 95 % interval (Student's t); one value has none."""
+    n, mean = len(values), sum(values) / len(values)
+    deviation = (sum((v - mean) ** 2 for v in values) / max(1, n - 1)) ** 0.5
+    return mean, T95[n] * deviation / n**0.5 if n > 1 else float("nan")
 
 
-def table(runs):
-    """Markdown: accuracy and length of each arm, and their changes against RLVR."""
-    lines = ["| arm | accuracy, % | against RLVR, points | length, tokens | against RLVR, % | checks |",
-        "|---|---|---|---|---|---|"]
-    for arm, rows in runs.items():
-        pairs = list(zip(rows, runs["rlvr"]))
-        points = [100 * (row["accuracy"] - base["accuracy"]) for row, base in pairs]
-        percent = [100 * (row["length"] / base["length"] - 1) for row, base in pairs]
-        changes = ["", ""] if arm == "rlvr" else [cell(points, "+"), cell(percent, "+")]
-        accuracy, length = cell([100 * row["accuracy"] for row in rows]), cell([r["length"] for r in rows])
-        checks = sum(row["doubt"] for row in rows) / len(rows)
-        lines.append(f"| {arm} | {accuracy} | {changes[0]} | {length} | {changes[1]} | {checks:.2f} |")
+def cell(values, sign="", digits=1):
+    mean, half = mean_and_half_width(values)
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def commands():
+    """{arm: the command of tests/run_seeds.sh, as one would type it}."""
+    text = (ROOT / "tests" / "run_seeds.sh").read_text().replace("\\\n", " ")
+    made = {}
+    for kind, name, flags in re.findall(r"^  (opsd|run) (\S+) ?(.*)$", text, re.MULTILINE):
+        if kind == "run":
+            stage, _, flags = flags.partition(" ")
+        else:
+            stage, flags = "opsd", f"--init ckpt/rlvr {flags}"
+        flags = flags.replace("$from", "--init ckpt/short-rlvr --no-thinking").replace("$dump", "shortest.jsonl")
+        flags = re.sub(r'"?ckpt/seed\$seed/([\w-]+)"?', r"ckpt/\1", flags).replace("--eval-every 10", "")
+        made[name] = " ".join(f"python {stage}.py {flags}".replace('"', "").split())
+    return made
+
+
+def table(runs, base, arms):
+    """Markdown: each arm's accuracy, length, truncation and doubt, its changes, its command."""
+    how = commands()
+    lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % | truncated, % "
+        "| doubt | command |", "|---|---|---|---|---|---|---|---|"]
+    for arm in arms:
+        pairs = [(run[arm], run[base]) for run in runs if arm in run and base in run]
+        if not pairs:
+            continue
+        accuracy = cell([100 * row["accuracy"] for row, _ in pairs])
+        length = cell([row["length"] for row, _ in pairs])
+        points = percent = ""
+        if arm != base:
+            points = cell([100 * (row["accuracy"] - start["accuracy"]) for row, start in pairs], "+")
+            percent = cell([100 * (row["length"] / start["length"] - 1) for row, start in pairs], "+")
+        cut = cell([100 * row["truncated"] for row, _ in pairs])
+        doubt = sum(row["doubt"] for row, _ in pairs) / len(pairs)
+        seeds = "" if len(pairs) == len(runs) else f" ({len(pairs)} seeds)"
+        lines.append(f"| {arm}{seeds} | {accuracy} | {points} | {length} | {percent} | {cut} | {doubt:.2f} "
+            f"| `{how[arm]}` |")
     return "\n".join(lines)
 
 
 def plot(runs, path):
-    """Accuracy against length: a small point a seed, a large one their mean."""
+    """Accuracy against length, mean over seeds: a path an arm over its steps, ending in its final figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "results"  # the same figure gives the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for arm, rows in runs.items():
-        lengths, accuracies = [row["length"] for row in rows], [100 * row["accuracy"] for row in rows]
-        mean = sum(lengths) / len(rows), sum(accuracies) / len(rows)
-        large = axes.scatter(*mean, s=70, label=arm)
-        axes.scatter(lengths, accuracies, s=12, alpha=0.6, color=large.get_facecolor())
-    axes.set(xlabel="response length (tokens)", ylabel="accuracy at T = 1 (%)")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for arm in ["rlvr", "all", "only-correct", "only-incorrect", "correct-matched", "incorrect-matched",
+            "forward-correct", "forward-incorrect", "context-concise", "shortest-sft", "refresh-1"]:
+        paths = [run[arm]["path"] for run in runs if arm in run]
+        if not paths:
+            continue
+        points = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*paths)]
+        _, lengths, accuracies = zip(*points)
+        line = axes.plot(lengths, [100 * a for a in accuracies], "-", marker=".", label=arm)[0]
+        axes.plot(lengths[-1], 100 * accuracies[-1], "o", ms=8, color=line.get_color())
+    axes.set(xlabel="response length (tokens)", ylabel="accuracy at T = 1 (%)",
+        title="Mean over seeds on 128 held-out problems, every 10 steps; the large point is the end")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
@@ -66,9 +134,13 @@ def plot(runs, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plot", help="also draw the figure: .svg or .png")
+    parser.add_argument("--collect", metavar="FOLDER", help="ckpt/seedN: read its arms into .github/results")
     args = parser.parse_args()
+    if args.collect:
+        return collect(args.collect)
     runs = load_runs()
-    print(table(runs))
+    for title, (base, arms) in TABLES.items():
+        print(f"**{title}**\n\n{table(runs, base, arms)}\n")
     if args.plot:
         plot(runs, args.plot)
 
