@@ -376,7 +376,8 @@ def load_tokenizer(path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        fail(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}")
+        fail(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]} (give a "
+            "checkpoint folder, or the name of a model that the hub has, with network)")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     return tokenizer
 

@@ -280,6 +280,8 @@ def test_opsd_flags(base, flags, says):
         ("--n 0", "--n 0"),
         ("--problems -1", "--problems -1"),
         ("--json nowhere/r.json", "nowhere/r.json"),
+        ("--shortest nowhere/r.jsonl", "nowhere/r.jsonl"),
+        ("--train --data more.jsonl", "--train"),
     ],
 )
 def test_eval_flags(base, flags, says):

@@ -241,6 +241,28 @@ def test_eval_reads_a_data_file_whole(base):
     assert json.loads(Path("r.json").read_text())["checkpoints"][0]["problems"] == 60
 
 
+def test_an_example_side_by_side(base, monkeypatch):
+    """Plain where the output is no terminal: no escape codes in a file; and each model against itself."""
+    monkeypatch.setenv("COLUMNS", "90")
+    flags = "--example --max-new-tokens 12 --data arithmetic --seed"
+    status, out, err = run_stage(eval_stage, base / "sft", base / "sft", flags, 1)
+    assert status == 0 and "\033" not in out, err
+    assert "problem:  Compute " in out and "answer:   " in out and "the teacher would say" in out
+    assert all(len(line) <= 90 for line in out.split("answer:")[1].split("KL(")[0].splitlines()[:-1])
+    assert out != run_stage(eval_stage, base / "sft", base / "sft", flags, 2)[1]  # another problem
+
+
+def test_the_shortest_of_n_goes_back_into_sft(base, luck):
+    """Rejection sampling is two commands: eval.py writes what sft.py reads."""
+    flags = "--train --problems 6 --n 4 --max-new-tokens 24 --shortest short.jsonl"
+    status, out, err = run_stage(eval_stage, base / "sft", flags)
+    assert status == 0 and "6 problems, trained on" in out and len(read_rows("short.jsonl")) == 6, err
+    command = next(line for line in out.splitlines() if "python sft.py" in line)
+    flags = command.split(f"--init {base / 'sft'}")[1].split()
+    status, out, err = run_stage(sft, "--init", base / "sft", *flags, "--batch-size 2 --eval-problems 2 --steps 2")
+    assert status == 0 and "(5 problems to train on, 1 held out)" in out, err
+
+
 # ---------------------------------------------------------------------------------------------------
 # Every flag
 

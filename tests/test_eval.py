@@ -1,15 +1,17 @@
 """eval.py: the figures of a checkpoint and how sure they are."""
 
 import itertools
+import json
 import math
 import random
 from types import SimpleNamespace
 
 import pytest
-from conftest import encode_by_character, make_tiny
+import torch
+from conftest import encode_by_character, full_log_probs, make_tiny
 
 import eval as evaluation  # the file is called eval.py, and the name is Python's own
-from rollout import HFSampler, Problem, Rollout, label_rollouts
+from rollout import HFSampler, Problem, Rollout, label_rollouts, read_problems, render_prompt, render_response
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)])
@@ -133,3 +135,54 @@ def test_a_checkpoint_against_itself_does_not_change(tokenizer, problems):
     assert [r.response_ids for r in first[2]] == [r.response_ids for r in second[2]]
     change = evaluation.paired_change(second[1], first[1], seed=0)
     assert change["length_change_ci95"] == change["accuracy_change_ci95"] == [0, 0]
+
+
+def test_the_shortest_correct_response_becomes_data(tokenizer, tmp_path):
+    """A wrong or cut-off response that is shorter must not win, and a problem never solved gives no row.
+
+    a (gold 3): the wrong 7 and the cut-off 3 are shorter than both correct ones. b (gold 9): never right.
+    """
+    texts = ["<think></think>\\boxed{7}", "<think>so it is long</think>\\boxed{3}", "<think>so</think>\\boxed{3}",
+        "\\boxed{3}", "\\boxed{1}", "\\boxed{2}", "\\boxed{3}", "\\boxed{4}"]  # fmt: skip
+    rollouts = []
+    for i, text in enumerate(texts):
+        ids = encode_by_character(tokenizer, text) + [tokenizer.eos_token_id] * (i != 3)
+        rollouts.append(Rollout([1], ids, [-1.0] * len(ids), finished=i != 3))
+    label_rollouts(rollouts, [Problem("a", "3"), Problem("b", "9")], tokenizer)
+    path = tmp_path / "shortest.jsonl"
+    evaluation.write_shortest(rollouts, SimpleNamespace(n=4, shortest=str(path), checkpoints=["ckpt/rlvr"]))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"problem": "a", "answer": "3", "solution": texts[2]}]
+    problem = read_problems(str(path))[0]
+    assert render_response(problem.solution, problem.answer) == texts[2]  # sft.py teaches it as it was said
+
+
+def test_the_gap_is_the_same_weights_with_and_without_the_solution(tokenizer, problems):
+    """Student and teacher read the same response ids; one of the two prompts holds the solution. An off-by-one
+    shows the doubt of the token before."""
+    model = make_tiny(vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, context=256)
+    problem = problems[0]
+    prompt = render_prompt(tokenizer, problem)
+    rollout = Rollout(prompt, [5, 9, 30, tokenizer.eos_token_id], [0.0] * 4, True, problem)
+    student, teacher = evaluation.teacher_gap(model, tokenizer, rollout, thinking=True)
+    shown = render_prompt(tokenizer, problem, "solution", problem.solution)
+    with torch.no_grad():
+        torch.testing.assert_close(student, full_log_probs(model, prompt, rollout.response_ids))
+        torch.testing.assert_close(teacher, full_log_probs(model, shown, rollout.response_ids))
+    assert (student - teacher).abs().max() > 0.01
+
+
+def test_wrap():
+    """Nothing is lost, no line is wider than its column, a token is cut only where it fits no line."""
+    pieces = [("abc", 1), (" de", 0), ("fghijklmnop", 2), ("q\nr", 0), ("", 0), (" st", 0)]
+    lines = evaluation.wrap(pieces, 5)
+    text = ["".join(part for part, _ in line) for line in lines]
+    assert text == ["abc", " de", "fghij", "klmno", "pq", "r st"]
+    assert [colour for _, colour in lines[2]] == [2]
+    rng = random.Random(0)
+    for _ in range(200):
+        words = ["".join(rng.choice("ab \n") for _ in range(rng.randint(1, 9))) for _ in range(9)]
+        width = rng.randint(1, 12)
+        lines = evaluation.wrap([(word, 0) for word in words], width)
+        text = ["".join(part for part, _ in line) for line in lines]
+        assert max(map(len, text)) <= width and "".join(text) == "".join(words).replace("\n", "")

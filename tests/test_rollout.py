@@ -79,6 +79,18 @@ def test_demonstrations_end_in_a_box_and_the_privileged_ones_are_right():
     assert length[True] < 0.8 * length[False]
 
 
+def test_without_thinking_nobody_checks():
+    """The short world: the same slips, no checks, no tags (the prompt's template has opened and closed them)."""
+    rng, right = random.Random(13), {True: 0, False: 0}
+    for _ in range(400):
+        problem = rollout.make_arithmetic(rng)
+        for privileged in (True, False):
+            text = rollout.demonstrate_arithmetic(problem, rng, privileged, think=False)
+            assert re.fullmatch(r"(\d+[-+*]\d+=\d+\. )+\\boxed\{\d+\}", text)
+            right[privileged] += verify(text, problem.answer)
+    assert right[True] == 400 and 160 < right[False] < 320  # 0.85 to the power of 2 to 5: 0.57
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data from a file
 
