@@ -1,0 +1,150 @@
+"""What OPSD takes away, and where: KL by position, label and token, words lost, difficulty, checks.
+
+    python tests/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd               # measures (a minute), prints tables
+    python tests/anatomy.py                                            # prints those of .github/results again
+
+On held-out problems of the built-in world. The KL is that of opsd.py's first step, KL(student || teacher), both with
+the weights of the second checkpoint, at the tokens of its own responses. With several seeds a cell is their mean.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from eval import DOUBT, teacher_gap  # noqa: E402
+from rollout import HFSampler, evaluate, load_model, load_problems  # noqa: E402
+
+STEP = re.compile(r"(Wait, )?(\d+)([-+*])(\d+)=(\d+)")
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def checks(text):
+    """A response -> a list of (was this first result a slip, was it checked), step by step."""
+    steps = []
+    for check, a, op, b, result in STEP.findall(text):
+        if check:
+            if steps:
+                steps[-1][1] = True
+        else:
+            right = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op]
+            steps.append([int(result) != right, False])
+    return steps
+
+
+def measure(paths, count, n):
+    """sft, before, after -> the figures of all tables."""
+    problems = load_problems("arithmetic")[1][:count]
+    models = [load_model(path) for path in paths]
+    sampled = []  # of each checkpoint; the first with another luck than the rest: it only sorts the problems
+    for k, (model, tokenizer) in enumerate(models):
+        sampled.append(evaluate(HFSampler(model, tokenizer), problems, max_new_tokens=192, n=n, seed=int(k == 0)))
+    (before, tokenizer), (after, _) = models[1:]
+
+    by_label, by_position, by_token = defaultdict(list), defaultdict(list), defaultdict(list)
+    p_before = p_after = 0.0
+    for rollout in sampled[1]:
+        student, teacher = teacher_gap(before, tokenizer, rollout, True)  # (|y|, V) each
+        kl = (student.exp() * (student - teacher)).sum(-1).tolist()
+        by_label[rollout.label] += kl
+        for t, (value, i) in enumerate(zip(kl, rollout.response_ids)):
+            by_position[10 * t // len(kl)].append(value)
+            by_token[i].append(value)
+        p_before = p_before + student.exp().sum(0)
+        p_after = p_after + teacher_gap(after, tokenizer, rollout, True)[0].exp().sum(0)
+    total = sum(map(sum, by_token.values()))
+    lost = (p_before - p_after) / len(sampled[1])  # of each vocabulary entry, expected uses in a response
+    name = lambda i: tokenizer.decode([int(i)])  # noqa: E731
+
+    pass_rate = [mean([r.label == "correct" for r in sampled[0][i * n : i * n + n]]) for i in range(count)]
+    bins = {"all of 8": [1, 1], "6 or 7": [0.7, 0.9], "4 or 5": [0.4, 0.7], "0 to 3": [0, 0.4]}
+    difficulty = {}
+    for title, (low, high) in bins.items():
+        chosen = [i for i, p in enumerate(pass_rate) if low <= p <= high]
+        row = {"problems": len(chosen)}
+        for when, rollouts in zip(("before", "after"), sampled[1:]):
+            some = [r for i in chosen for r in rollouts[i * n : i * n + n]]
+            row |= {f"accuracy_{when}": mean([r.label == "correct" for r in some]),
+                f"length_{when}": mean([len(r.response_ids) for r in some]),
+                f"doubt_{when}": mean([len(DOUBT.findall(r.text)) for r in some])}
+        difficulty[title] = row
+    habits = {}
+    for when, rollouts in zip(("before", "after"), sampled[1:]):
+        steps = [step for r in rollouts for step in checks(r.text)]
+        habits[when] = {"slips": mean([slip for slip, _ in steps]),
+            "checked_after_a_slip": mean([check for slip, check in steps if slip]),
+            "checked_after_a_right_result": mean([check for slip, check in steps if not slip])}
+    shares = sorted(by_token.items(), key=lambda x: -sum(x[1]))[:10]
+    return {
+        "kl_by_label": {label: mean(by_label[label]) for label in sorted(by_label)},
+        "kl_by_tenth": [mean(by_position[k]) for k in range(10)],
+        "kl_by_token": {name(i): {"share": sum(v) / total, "mean": mean(v)} for i, v in shares},
+        "tokens_lost": {name(i): {"before": float(p_before[i]) / len(sampled[1]),
+            "after": float(p_after[i]) / len(sampled[1])} for i in lost.topk(10).indices},
+        "difficulty": difficulty,
+        "habits": habits,
+    }
+
+
+def merge(parts):
+    """Means over seeds, key by key. Keys that some seeds lack (a token of nobody else's top ten) are left out."""
+    if isinstance(parts[0], dict):
+        return {key: merge([part[key] for part in parts]) for key in parts[0] if all(key in p for p in parts)}
+    if isinstance(parts[0], list):
+        return [merge(list(values)) for values in zip(*parts)]
+    known = [part for part in parts if part is not None]
+    return mean(known)
+
+
+def print_tables(found):
+    print("KL a token, by label: " + ", ".join(f"{k} {v:.3f}" for k, v in found["kl_by_label"].items()))
+    print("by tenth of the response: " + " ".join(f"{v:.3f}" for v in found["kl_by_tenth"]))
+    print("\n| token | share of the KL, % | mean KL where it stands |\n|---|---|---|")
+    for token, row in found["kl_by_token"].items():
+        print(f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |")
+    print("\n| token | expected uses a response, before | after |\n|---|---|---|")
+    for token, row in found["tokens_lost"].items():
+        print(f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |")
+    print("\n| SFT's right answers of 8 | problems | accuracy before, % | after | length before | after | change, % "
+        "| doubt before | after |\n|---|---|---|---|---|---|---|---|---|")
+    for title, row in found["difficulty"].items():
+        a, b = row["length_before"], row["length_after"]
+        print(f"| {title} | {row['problems']:.0f} | {100 * row['accuracy_before']:.1f} | "
+            f"{100 * row['accuracy_after']:.1f} | {a:.1f} | {b:.1f} | {100 * (b / a - 1):+.1f} | "
+            f"{row['doubt_before']:.2f} | {row['doubt_after']:.2f} |")
+    print("\n| | first results that are slips, % | checked after a slip, % | checked after a right result, % |\n"
+        "|---|---|---|---|")
+    for when, row in found["habits"].items():
+        print(f"| {when} | " + " | ".join(f"{100 * row[key]:.1f}" for key in row) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoints", nargs="*", help="three: after SFT, before OPSD, after OPSD")
+    parser.add_argument("--problems", type=int, default=400, help="held-out problems")
+    parser.add_argument("--n", type=int, default=8, help="responses to each")
+    parser.add_argument("--json", help="write the figures")
+    args = parser.parse_args()
+    if args.checkpoints:
+        if len(args.checkpoints) != 3:
+            parser.error("three checkpoints are needed: after SFT, before OPSD, after OPSD")
+        found = measure(args.checkpoints, args.problems, args.n)
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        found = merge([json.loads(p.read_text()) for p in sorted((ROOT / ".github/results").glob("anatomy*.json"))])
+    print_tables(found)
+
+
+if __name__ == "__main__":
+    main()

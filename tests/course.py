@@ -1,0 +1,95 @@
+"""The course kit: blanks the functions that students write, and restores them.
+
+    python tests/course.py blank            # all eight exercises; `blank 3 6`: these only
+    python tests/course.py restore          # the reference solutions, from .solutions/
+    python tests/course.py list             # exercise, function, state
+
+A blanked function keeps its signature and docstring; its body raises NotImplementedError. The solutions go to
+.solutions/blanked.json: hand the folder out without it and without .git. What `restore` replaces is kept beside it.
+"""
+
+import argparse
+import ast
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXERCISES = {  # number -> file, function
+    1: ("sft.py", "sft_loss"),
+    2: ("rollout.py", "collate"),
+    3: ("rlvr.py", "compute_group_normalized_rewards"),
+    4: ("rlvr.py", "grpo_clip_loss"),
+    5: ("rlvr.py", "sequence_weights"),
+    6: ("opsd.py", "divergence"),
+    7: ("opsd.py", "update_teacher"),
+    8: ("opsd.py", "is_kept"),
+}
+BLANK = '    raise NotImplementedError("exercise {}: python -m pytest tests/test_exercises.py -k exercise_{}")\n'
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def find(text, function):
+    """-> first line of the body that is no docstring, last line of the function; both count from 0, end excluded."""
+    node = next((n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function), None)
+    if node is None:
+        fail(f"no function {function}: it was renamed or removed; restore the file from git")
+    documented = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+    start = node.body[0].end_lineno if documented else node.body[0].lineno - 1
+    return start, node.end_lineno
+
+
+def body_of(path, function):
+    text = path.read_text(encoding="utf-8")
+    start, end = find(text, function)
+    return "".join(text.splitlines(keepends=True)[start:end])
+
+
+def replace_body(path, function, body):
+    text = path.read_text(encoding="utf-8")
+    start, end = find(text, function)
+    lines = text.splitlines(keepends=True)
+    path.write_text("".join([*lines[:start], body, *lines[end:]]), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=["blank", "restore", "list"])
+    parser.add_argument("exercises", nargs="*", type=int, help="numbers; default: all")
+    args = parser.parse_args()
+    unknown = set(args.exercises) - EXERCISES.keys()
+    if unknown:
+        fail(f"no exercise {sorted(unknown)[0]}: there are 1 to {len(EXERCISES)}")
+    saved = ROOT / ".solutions" / "blanked.json"
+    solutions = json.loads(saved.read_text()) if saved.is_file() else {}
+    if args.action == "restore" and not solutions:
+        fail(f"nothing to restore: {saved.relative_to(ROOT)} is not there")
+    replaced = {}
+    for number in args.exercises or EXERCISES:
+        name, function = EXERCISES[number]
+        body = body_of(ROOT / name, function)
+        blank = BLANK.format(number, number)
+        if args.action == "blank" and body != blank:
+            if solutions.get(str(number), body) != body:
+                fail(f"exercise {number} was blanked before, and {function} holds other work now; `restore` first")
+            solutions[str(number)] = body
+            saved.parent.mkdir(exist_ok=True)
+            saved.write_text(json.dumps(solutions, indent=1) + "\n")  # before the body goes
+            replace_body(ROOT / name, function, blank)
+        if args.action == "restore" and str(number) in solutions:
+            if body not in (blank, solutions[str(number)]):
+                replaced[number] = body
+                (saved.parent / "replaced.json").write_text(json.dumps(replaced, indent=1) + "\n")
+            replace_body(ROOT / name, function, solutions[str(number)])
+        state = "blank" if body_of(ROOT / name, function) == blank else "filled in"
+        print(f"exercise {number}: {name} {function}: {state}")
+    if replaced:
+        print(f"what stood there is kept in {saved.parent.name}/replaced.json")
+
+
+if __name__ == "__main__":
+    main()
