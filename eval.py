@@ -217,7 +217,7 @@ def draw_figure(rows, path):
 
 
 def write_shortest(rollouts, args):
-    """Rejection sampling's data: the shortest correct response to each problem, a row for sft.py."""
+    """Rejection sampling's data: the shortest correct response to each problem, rows for sft.py."""
     rows = []
     for start in range(0, len(rollouts), args.n):
         correct = [r for r in rollouts[start : start + args.n] if r.label == "correct"]
@@ -239,8 +239,8 @@ def teacher_gap(model, tokenizer, rollout, thinking):
     """
     problem = rollout.problem
     shown = ("solution", problem.solution) if problem.solution else ("answer", problem.answer)
-    log_probs = []
-    for prompt in (rollout.prompt_ids, render_prompt(tokenizer, problem, *shown, thinking=thinking)):
+    told, log_probs = render_prompt(tokenizer, problem, *shown, thinking=thinking), []
+    for prompt in (rollout.prompt_ids, told):
         check_context(model, len(prompt), len(rollout.response_ids))
         hidden = response_hidden_states(
             model, *collate([prompt], [rollout.response_ids], model.device))
@@ -290,7 +290,8 @@ def print_example(problem, args):
             below.append(f"  {t:6d}  {words[t]!r:14}  {student[t, ids[t]].exp().item():7.3f}  "
                 f"{teacher[t, ids[t]].exp().item():7.3f}  {kl[t]:5.2f}   "
                 f"{tokenizer.decode([best])!r} ({teacher[t, best].exp():.3f})")
-    print(f"problem:  {problem.problem}\nsolution: {problem.solution}\nanswer:   {problem.answer}\n")
+    print(f"problem:  {problem.problem}\nsolution: {problem.solution}\n"
+        f"answer:   {problem.answer}\n")
     width = max(20, shutil.get_terminal_size().columns // len(columns) - 2)
     cells = [wrap([(head, 1), ("\n\n", 0)], width)[:-1] + wrap(pieces, width)
         for head, pieces in columns]

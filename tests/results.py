@@ -1,7 +1,7 @@
 """The README's results from .github/results/seed*.json, which tests/run_seeds.sh writes.
 
     python tests/results.py                          # prints the tables, as Markdown
-    python tests/results.py --plot .github/results.svg
+    python tests/results.py --readme --plot .github/results.svg      # writes them into the README, draws the figure
 
 A cell is the mean over seeds and, in brackets, its 95 % interval: mean +- t * s / sqrt(n), Student's t with
 n - 1 degrees of freedom, the seed being the unit. Changes are taken within a seed, against its own start.
@@ -106,6 +106,18 @@ def table(runs, base, arms):
     return "\n".join(lines)
 
 
+def write_readme(runs):
+    """Each table goes between its own marks, <!-- table: Controls --> and <!-- end -->."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for title, (base, arms) in TABLES.items():
+        mark = f"<!-- table: {title} -->\n"
+        assert mark in text, f"README.md has no {mark}"
+        before, after = text.split(mark)
+        text = f"{before}{mark}\n{table(runs, base, arms)}\n\n{after[after.index('<!-- end -->') :]}"
+    path.write_text(text)
+
+
 def plot(runs, path):
     """Accuracy against length, mean over seeds: a path an arm over its steps, ending in its final figures."""
     import matplotlib
@@ -133,6 +145,7 @@ def plot(runs, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--readme", action="store_true", help="also write the tables into the README")
     parser.add_argument("--plot", help="also draw the figure: .svg or .png")
     parser.add_argument("--collect", metavar="FOLDER", help="ckpt/seedN: read its arms into .github/results")
     args = parser.parse_args()
@@ -141,6 +154,8 @@ def main():
     runs = load_runs()
     for title, (base, arms) in TABLES.items():
         print(f"**{title}**\n\n{table(runs, base, arms)}\n")
+    if args.readme:
+        write_readme(runs)
     if args.plot:
         plot(runs, args.plot)
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import memory
+import pytest
 import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +21,26 @@ def test_links_point_at_what_they_name():
         assert re.match(rf"\s*(def|class) {name}\b|{name} = ", found), f"{file}:{line} is {found!r}, not {name}"
 
 
-def test_the_results_table_is_what_the_committed_runs_give():
+@pytest.mark.parametrize("title", results.TABLES)
+def test_the_results_tables_are_what_the_committed_runs_give(title):
     """A number typed into the README by hand is a number that nobody can reproduce."""
-    assert results.table(results.load_runs()) in README
+    base, arms = results.TABLES[title]
+    assert results.table(results.load_runs(), base, arms) in README
+
+
+def test_the_interval_by_hand():
+    """1 2 3 4 5: mean 3, s = sqrt(2.5) = 1.5811388, t(4) = 2.776: 2.776 * 1.5811388 / sqrt(5) = 1.9629."""
+    mean, half = results.mean_and_half_width([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(1.9629, abs=1e-4)
+
+
+def test_every_arm_has_a_command_that_the_seed_script_runs():
+    """A row without its command cannot be checked; a command with a flag that is gone cannot be run."""
+    commands = results.commands()
+    arms = {arm for _, arms in results.TABLES.values() for arm in arms}
+    assert arms <= commands.keys()
+    assert commands["incorrect-matched"] == (
+        "python opsd.py --init ckpt/rlvr --only-incorrect --match-budget --max-refills 40")
 
 
 def test_the_memory_table_is_what_its_command_prints(monkeypatch, capsys):

@@ -260,6 +260,16 @@ def test_a_reward_goes_to_the_completion_that_earned_it(tokenizer, args_of):
     assert {(r.label, a) for r, a in zip(kept, advantages)} == {("correct", 0.75), ("incorrect", -0.25)}
 
 
+def test_a_users_reward_is_asked_of_finished_responses_only():
+    """A reward that likes brevity must not like what was cut off; without a function the label decides."""
+    problem = Problem("1+1?", "2")
+    score = lambda response, gold: len(response) + float(gold)  # noqa: E731
+    for finished, label, expected in [(True, "incorrect", 6.0), (True, "correct", 6.0), (False, "truncated", 0.0)]:
+        said = Rollout([1], [2], [-1.0], finished, problem, text="four", label=label)
+        assert rlvr.reward_of(said, score) == expected
+        assert rlvr.reward_of(said, None) == float(label == "correct")
+
+
 def test_sampled_ids_reach_the_trainer_as_they_are(tokenizer, args_of):
     """Decoded and encoded again, a response may be split into other tokens than those that were sampled."""
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text)) if j else box(99))

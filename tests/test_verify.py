@@ -407,6 +407,7 @@ KINDS = {
         A. 5, B. 6 == A
         (A) maybe B == A
         \textbf{(B)} 43 == 42
+        (B) 43 == (B) 42
         \textbf{(C)} 42 == B
         b+1 == B
         """),
@@ -571,6 +572,7 @@ HOSTILE = {
     "digits after the point": "\\boxed{0." + "3" * N + "}",
     "thousands": "\\boxed{1" + ",000" * (N // 4) + "}",
     "a rounded exponential": r"\boxed{\lfloor \exp(10^{7}) \rfloor}",
+    "a power of powers of digits": r"\boxed{((9^{9999})^{9999})^{99}}",
     "a root of something huge": r"\boxed{(3^{9999}+2)^{1/7}}",
     "logs of logs": r"\boxed{" + r"\ln " * 200 + "2}",
     "blanks and a sign": r"\boxed{" + "~" * 1900 + "1=}",

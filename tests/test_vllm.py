@@ -121,8 +121,9 @@ def test_what_the_engine_is_told(monkeypatch, tokenizer):
 
         def generate(self, prompts, params, use_tqdm):
             notes.append(("generate", None))
-            out = [SimpleNamespace(index=i, token_ids=[5, 0], finish_reason="stop",
-                logprobs=[{5: SimpleNamespace(logprob=-0.5)}, {0: SimpleNamespace(logprob=-0.25)}]) for i in (1, 0)]
+            log_prob = lambda value: SimpleNamespace(logprob=value)  # noqa: E731
+            out = [SimpleNamespace(index=i, token_ids=[5 + i, 0], finish_reason="stop",
+                logprobs=[{5 + i: log_prob(-0.5 - i)}, {0: log_prob(-0.25)}]) for i in (1, 0)]  # not in order
             return [SimpleNamespace(outputs=out) for _ in prompts]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(
@@ -134,7 +135,7 @@ def test_what_the_engine_is_told(monkeypatch, tokenizer):
         sampled = sampler.generate([[1, 2], [3]], 2, max_new_tokens=4, seed=1)
         sampler.sync(model)
     assert [(r.prompt_ids, r.response_ids, r.log_probs, r.finished) for r in sampled] == [
-        (prompt, [5, 0], [-0.5, -0.25], True) for prompt in ([1, 2], [1, 2], [3], [3])]
+        (prompt, [5 + i, 0], [-0.5 - i, -0.25], True) for prompt in ([1, 2], [3]) for i in (0, 1)]
     synced = [("collective_rpc", None), ("reset_prefix_cache", None)]
     assert notes == [("max_model_len", 1008), *synced, ("generate", None), ("sleep", 1),
         ("wake_up", ["weights"]), *synced, ("wake_up", ["kv_cache"]), ("generate", None), ("sleep", 1),
