@@ -3,8 +3,8 @@
     python tests/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd               # measures (a minute), prints tables
     python tests/anatomy.py                                            # prints those of .github/results again
 
-On held-out problems of the built-in world. The KL is that of opsd.py's first step, KL(student || teacher), both with
-the weights of the second checkpoint, at the tokens of its own responses. With several seeds a cell is their mean.
+On held-out problems of the built-in world. The KL is that of opsd.py's first step, KL(student || teacher), both
+with the weights of the second checkpoint, at the tokens of its own responses. Of several seeds: their mean.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def measure(paths, count, n):
     models = [load_model(path) for path in paths]
     sampled = []  # of each checkpoint; the first with another luck than the rest: it only sorts the problems
     for k, (model, tokenizer) in enumerate(models):
-        sampled.append(evaluate(HFSampler(model, tokenizer), problems, max_new_tokens=192, n=n, seed=int(k == 0)))
+        sampled.append(evaluate(
+            HFSampler(model, tokenizer), problems, max_new_tokens=192, n=n, seed=int(k == 0)))
     (before, tokenizer), (after, _) = models[1:]
 
     by_label, by_position, by_token = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -96,7 +97,7 @@ def measure(paths, count, n):
 
 
 def merge(parts):
-    """Means over seeds, key by key. Keys that some seeds lack (a token of nobody else's top ten) are left out."""
+    """Means over seeds, key by key; a key that some seed lacks (a token of nobody else's top ten) is left out."""
     if isinstance(parts[0], dict):
         return {key: merge([part[key] for part in parts]) for key in parts[0] if all(key in p for p in parts)}
     if isinstance(parts[0], list):
@@ -114,15 +115,15 @@ def print_tables(found):
     print("\n| token | expected uses a response, before | after |\n|---|---|---|")
     for token, row in found["tokens_lost"].items():
         print(f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |")
-    print("\n| SFT's right answers of 8 | problems | accuracy before, % | after | length before | after | change, % "
-        "| doubt before | after |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n| SFT's right answers of 8 | problems | accuracy before, % | after | length before | after "
+        "| change, % | doubt before | after |\n|---|---|---|---|---|---|---|---|---|")
     for title, row in found["difficulty"].items():
         a, b = row["length_before"], row["length_after"]
         print(f"| {title} | {row['problems']:.0f} | {100 * row['accuracy_before']:.1f} | "
             f"{100 * row['accuracy_after']:.1f} | {a:.1f} | {b:.1f} | {100 * (b / a - 1):+.1f} | "
             f"{row['doubt_before']:.2f} | {row['doubt_after']:.2f} |")
-    print("\n| | first results that are slips, % | checked after a slip, % | checked after a right result, % |\n"
-        "|---|---|---|---|")
+    print("\n| | first results that are slips, % | checked after a slip, % | "
+        "checked after a right result, % |\n|---|---|---|---|")
     for when, row in found["habits"].items():
         print(f"| {when} | " + " | ".join(f"{100 * row[key]:.1f}" for key in row) + " |")
 
@@ -141,7 +142,8 @@ def main():
         if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     else:
-        found = merge([json.loads(p.read_text()) for p in sorted((ROOT / ".github/results").glob("anatomy*.json"))])
+        saved = sorted((ROOT / ".github" / "results").glob("anatomy*.json"))
+        found = merge([json.loads(path.read_text()) for path in saved])
     print_tables(found)
 
 

@@ -47,7 +47,8 @@ def main():
         return out, rate, rate * flops_per_token * parameters / (args.peak * 1e12)
 
     def train():
-        input_ids, response_mask = collate([r.prompt_ids for r in some], [r.response_ids for r in some], args.device)
+        prompts, responses = [r.prompt_ids for r in some], [r.response_ids for r in some]
+        input_ids, response_mask = collate(prompts, responses, args.device)
         token_log_probs(model, input_ids, response_mask)[0].sum().backward()
         return model.zero_grad(set_to_none=True)
 

@@ -5,7 +5,7 @@
     python tests/course.py list             # exercise, function, state
 
 A blanked function keeps its signature and docstring; its body raises NotImplementedError. The solutions go to
-.solutions/blanked.json: hand the folder out without it and without .git. What `restore` replaces is kept beside it.
+.solutions/blanked.json: hand the folder out without it and without .git. What `restore` replaces is kept there.
 """
 
 import argparse
@@ -25,7 +25,8 @@ EXERCISES = {  # number -> file, function
     7: ("opsd.py", "update_teacher"),
     8: ("opsd.py", "is_kept"),
 }
-BLANK = '    raise NotImplementedError("exercise {}: python -m pytest tests/test_exercises.py -k exercise_{}")\n'
+TESTS = "python -m pytest tests/test_exercises.py -k exercise_"
+BLANK = f'    raise NotImplementedError("exercise {{0}}: {TESTS}{{0}}")\n'
 
 
 def fail(message):
@@ -34,8 +35,9 @@ def fail(message):
 
 
 def find(text, function):
-    """-> first line of the body that is no docstring, last line of the function; both count from 0, end excluded."""
-    node = next((n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function), None)
+    """-> the function's lines without signature and docstring: first, and one after the last, from 0."""
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    node = functions.get(function)
     if node is None:
         fail(f"no function {function}: it was renamed or removed; restore the file from git")
     documented = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
@@ -72,10 +74,11 @@ def main():
     for number in args.exercises or EXERCISES:
         name, function = EXERCISES[number]
         body = body_of(ROOT / name, function)
-        blank = BLANK.format(number, number)
+        blank = BLANK.format(number)
         if args.action == "blank" and body != blank:
             if solutions.get(str(number), body) != body:
-                fail(f"exercise {number} was blanked before, and {function} holds other work now; `restore` first")
+                fail(f"exercise {number} was blanked before, and {function} holds other work now: `restore` "
+                    "first")
             solutions[str(number)] = body
             saved.parent.mkdir(exist_ok=True)
             saved.write_text(json.dumps(solutions, indent=1) + "\n")  # before the body goes

@@ -1,10 +1,10 @@
 """The README's results from .github/results/seed*.json, which tests/run_seeds.sh writes.
 
     python tests/results.py                          # prints the tables, as Markdown
-    python tests/results.py --readme --plot .github/results.svg      # writes them into the README, draws the figure
+    python tests/results.py --readme --plot .github/results.svg    # into the README; draws the figure
 
-A cell is the mean over seeds and, in brackets, its 95 % interval: mean +- t * s / sqrt(n), Student's t with
-n - 1 degrees of freedom, the seed being the unit. Changes are taken within a seed, against its own start.
+A cell is the mean over seeds and half its 95 % interval: t * s / sqrt(n), Student's t with n - 1 degrees of
+freedom, the seed being the unit. Changes are taken within a seed, against its own start.
 """
 
 import argparse
@@ -18,7 +18,8 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 TABLES = {  # title -> arms, and what their changes are against
     "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "all", "only-correct", "only-incorrect"]),
-    "Equal budgets": ("rlvr", ["all", "correct-matched", "incorrect-matched"]),
+    "Equal budgets": ("rlvr", ["all", "correct-matched", "incorrect-matched", "forward-correct-matched",
+        "forward-incorrect-matched"]),
     "Divergences": ("rlvr", ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect",
         "jsd-correct", "jsd-incorrect", "split-all"]),
     "Controls": ("rlvr", ["only-correct", "context-none", "context-concise", "context-answer",
@@ -28,6 +29,12 @@ TABLES = {  # title -> arms, and what their changes are against
     "Without thinking": ("short-rlvr", ["short-sft", "short-rlvr", "short-all", "short-correct",
         "short-incorrect"]),
 }
+
+CONTRASTS = "Against each other, seed by seed"
+PAIRS = [("only-incorrect", "only-correct"), ("incorrect-matched", "correct-matched"),
+    ("forward-incorrect", "forward-correct"), ("forward-incorrect-matched", "forward-correct-matched"), 
+    ("jsd-incorrect", "jsd-correct"), ("short-incorrect", "short-correct"), ("only-correct", "all"),
+    ("only-correct", "shortest-sft"), ("refresh-1", "frozen-100"), ("only-correct", "sft-opsd-rlvr")]
 
 
 def collect(folder):
@@ -77,7 +84,8 @@ def commands():
             stage, _, flags = flags.partition(" ")
         else:
             stage, flags = "opsd", f"--init ckpt/rlvr {flags}"
-        flags = flags.replace("$from", "--init ckpt/short-rlvr --no-thinking").replace("$dump", "shortest.jsonl")
+        flags = flags.replace("$from", "--init ckpt/short-rlvr --no-thinking")
+        flags = flags.replace("$dump", "shortest.jsonl")
         flags = re.sub(r'"?ckpt/seed\$seed/([\w-]+)"?', r"ckpt/\1", flags).replace("--eval-every 10", "")
         made[name] = " ".join(f"python {stage}.py {flags}".replace('"', "").split())
     return made
@@ -86,8 +94,8 @@ def commands():
 def table(runs, base, arms):
     """Markdown: each arm's accuracy, length, truncation and doubt, its changes, its command."""
     how = commands()
-    lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % | truncated, % "
-        "| doubt | command |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
+        "| truncated, % | doubt | command |", "|---|---|---|---|---|---|---|---|"]
     for arm in arms:
         pairs = [(run[arm], run[base]) for run in runs if arm in run and base in run]
         if not pairs:
@@ -106,15 +114,33 @@ def table(runs, base, arms):
     return "\n".join(lines)
 
 
+def contrasts(runs):
+    """Markdown: one arm minus another of the same seed, from the same start: what both share cancels."""
+    lines = ["| arm | minus | accuracy, points | length, % | seeds |", "|---|---|---|---|---|"]
+    for arm, other in PAIRS:
+        pairs = [(run[arm], run[other]) for run in runs if arm in run and other in run]
+        if pairs:
+            points = cell([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs], "+")
+            percent = cell([100 * (a["length"] / b["length"] - 1) for a, b in pairs], "+")
+            lines.append(f"| {arm} | {other} | {points} | {percent} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def all_tables(runs):
+    """{title: Markdown}"""
+    tables = {title: table(runs, base, arms) for title, (base, arms) in TABLES.items()}
+    return tables | {CONTRASTS: contrasts(runs)}
+
+
 def write_readme(runs):
     """Each table goes between its own marks, <!-- table: Controls --> and <!-- end -->."""
     path = ROOT / "README.md"
     text = path.read_text()
-    for title, (base, arms) in TABLES.items():
+    for title, made in all_tables(runs).items():
         mark = f"<!-- table: {title} -->\n"
         assert mark in text, f"README.md has no {mark}"
         before, after = text.split(mark)
-        text = f"{before}{mark}\n{table(runs, base, arms)}\n\n{after[after.index('<!-- end -->') :]}"
+        text = f"{before}{mark}\n{made}\n\n{after[after.index('<!-- end -->') :]}"
     path.write_text(text)
 
 
@@ -152,8 +178,8 @@ def main():
     if args.collect:
         return collect(args.collect)
     runs = load_runs()
-    for title, (base, arms) in TABLES.items():
-        print(f"**{title}**\n\n{table(runs, base, arms)}\n")
+    for title, made in all_tables(runs).items():
+        print(f"**{title}**\n\n{made}\n")
     if args.readme:
         write_readme(runs)
     if args.plot:

@@ -38,6 +38,11 @@ matched() { # 32 kept rollouts a step for everyone (`all` has them anyhow)
   opsd incorrect-matched --only-incorrect --match-budget --max-refills 40
 }
 
+forward_matched() { # is it the direction, or the budget?
+  opsd forward-correct-matched --only-correct --divergence forward --match-budget
+  opsd forward-incorrect-matched --only-incorrect --divergence forward --match-budget --max-refills 40
+}
+
 divergences() {
   opsd forward-correct --only-correct --divergence forward
   opsd forward-incorrect --only-incorrect --divergence forward
@@ -83,8 +88,13 @@ teachers() { # 100 steps each, so that a refresh at step 50 has time to show
   opsd ema --only-correct --steps 100 --teacher ema --ema-decay 0.95
 }
 
+anatomy() { # where the KL sits, which words go, who gets shorter
+  local out=.github/results/anatomy$seed.json
+  if [ ! -f "$out" ]; then python tests/anatomy.py "ckpt/seed$seed"/{sft,rlvr,only-correct} --json "$out"; fi
+}
+
 thinking=
-for group in ${ONLY:-start paper matched divergences controls order no_thinking teachers}; do
+for group in ${ONLY:-start paper matched forward_matched divergences controls order no_thinking teachers anatomy}; do
   for seed in "$@"; do
     $group
     python tests/results.py --collect "ckpt/seed$seed"

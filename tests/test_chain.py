@@ -259,7 +259,8 @@ def test_the_shortest_of_n_goes_back_into_sft(base, luck):
     assert status == 0 and "6 problems, trained on" in out and len(read_rows("short.jsonl")) == 6, err
     command = next(line for line in out.splitlines() if "python sft.py" in line)
     flags = command.split(f"--init {base / 'sft'}")[1].split()
-    status, out, err = run_stage(sft, "--init", base / "sft", *flags, "--batch-size 2 --eval-problems 2 --steps 2")
+    small = "--batch-size 2 --eval-problems 2 --steps 2"
+    status, out, err = run_stage(sft, "--init", base / "sft", *flags, small)
     assert status == 0 and "(5 problems to train on, 1 held out)" in out, err
 
 

@@ -101,12 +101,14 @@ def test_a_hub_out_of_reach(fails_with):
 
 def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys):
     """python rollout.py --data X: what the model will see, before hours are spent on it."""
-    path = write_jsonl([{"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"It is {i + 1}."} for i in range(9)]
+    path = write_jsonl([
+        {"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"It is {i + 1}."} for i in range(9)]
         + [{"problem": "10+1?", "answer": "11", "solution": "It is 11."}])
     monkeypatch.setattr(sys, "argv", ["rollout.py", "--data", path])
     rollout.main()
     said = capsys.readouterr().out
-    assert said.count("<|user|>") == 6 and "<|user|>2+1?\nReason" in said and "A correct solution: It is 3." in said
+    assert said.count("<|user|>") == 6 and "<|user|>2+1?\nReason" in said
+    assert "A correct solution: It is 3." in said
     assert "--- gold: 3\n" in said and "10 usable problems" in said and "10 of 10 golds" in said
     assert f"student's prompt, {said.split('prompt, ')[1].split()[0]} tokens" in said
 
@@ -114,7 +116,8 @@ def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Chat templates
 
-OPENS_THINK = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>><think>\n{% endif %}"
+OPENS_THINK = ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    "{% if add_generation_prompt %}>><think>\n{% endif %}")
 
 
 def test_both_prompts_end_in_the_templates_suffix(tokenizer):

@@ -81,7 +81,8 @@ def test_exercise_3_without_std():
 def test_exercise_4_clip_higher(ratio, advantage, loss, gradient, clipped):
     """-min(r A, clip(r, 1 - .2, 1 + .28) A); d/d log pi of -r A is -r A."""
     policy = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
-    token_loss, took = adapters.run_grpo_clip_loss(policy, torch.tensor([[-1.0]]), torch.tensor([[advantage]]), 0.2, 0.28)
+    old, advantages = torch.tensor([[-1.0]]), torch.tensor([[advantage]])
+    token_loss, took = adapters.run_grpo_clip_loss(policy, old, advantages, 0.2, 0.28)
     token_loss.sum().backward()
     assert close(token_loss.detach(), [loss]) and close(policy.grad, [gradient])
     assert took.tolist() == [[clipped]]
@@ -92,7 +93,7 @@ def test_exercise_4_clip_higher(ratio, advantage, loss, gradient, clipped):
 
 @pytest.mark.parametrize("normalization, expected", [
     ("token", [0.1, 0.1]),  # 1 / (2 + 8)
-    ("sequence", [0.25, 0.0625]),  # 1 / (2 * 2), 1 / (2 * 8): a token of the short response weighs 4 times as much
+    ("sequence", [0.25, 0.0625]),  # 1 / (2 * 2), 1 / (2 * 8): the short one's tokens weigh 4 times as much
     ("constant", [0.03125, 0.03125]),  # 1 / (2 * 16)
 ])  # fmt: skip
 def test_exercise_5_length_normalization(normalization, expected):

@@ -99,7 +99,8 @@ def test_the_chain_with_vllm(tmp_path):
 ARGS = SimpleNamespace(sampler="vllm", dtype="float32", max_new_tokens=4, vllm_memory=0.3, seed=0)
 
 
-@pytest.mark.parametrize("version, says", [(None, "pip install vllm==0.32.0"), ("0.10.2", "vLLM 0.10.2 is not 0.32")])
+@pytest.mark.parametrize("version, says",
+    [(None, "pip install vllm==0.32.0"), ("0.10.2", "vLLM 0.10.2 is not 0.32")])
 def test_no_vllm_or_another_one(monkeypatch, fails_with, version, says):
     """One line that says what to do, before any work is lost."""
     stub = None if version is None else SimpleNamespace(__version__=version)
