@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
-from rollout import check_context, collate, default_data, evaluate, fail, load_model, load_problems
+from rollout import check_context, collate, evaluate, fail, load_model, load_problems
 from rollout import make_sampler, read_problems, render_prompt, require_checkpoint, require_device
-from rollout import response_hidden_states, sample_row
+from rollout import response_hidden_states, sample_row, trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -44,9 +44,10 @@ def get_args():
     add("--data", help="a .jsonl file or data set, as in the stages, used whole; without it the "
         "held-out problems of what the first checkpoint was trained on")
     add("--columns", default="", help="as in the stages")
-    add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
-    add("--train", action="store_true", help="the problems trained on in place of those held out")
-    add("--problems", type=int, default=400, help="how many problems at most")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=None,
+        help="as in the stages; without it as the first checkpoint was trained")
+    add("--train", action="store_true", help="problems of the training part, not held-out ones")
+    add("--problems", type=int, help="how many at most; without it 400, or all of --data FILE")
     add("--n", type=int, default=4, help="responses to each problem")
     add("--k", type=int, help="of pass@k; default: --n")
     add("--max-new-tokens", type=int, default=192, help="a response is cut off (truncated) here")
@@ -66,6 +67,13 @@ def get_args():
         "--seed shows another problem")
     args = parser.parse_args()
     args.k = args.k or args.n
+    whole = args.data not in (None, "arithmetic")
+    if args.problems is None:
+        args.problems = 10**9 if whole else 400
+    if args.example and (args.json or args.plot or args.samples or args.shortest):
+        fail("--example writes no files: leave out --json, --plot, --samples, --shortest")
+    if args.thinking is None:
+        args.thinking = trained_with(args.checkpoints[0])["thinking"]
     for name in ("problems", "n", "k", "max_new_tokens"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
@@ -74,7 +82,7 @@ def get_args():
             f"(now {args.n})")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         fail(f"--plot {args.plot}: must end in .svg or .png")
-    if args.train and args.data not in (None, "arithmetic"):
+    if args.train and whole:
         fail("--train goes with the data of the checkpoints; --data is used whole")
     for path in filter(None, (args.json, args.plot, args.samples, args.shortest)):
         if not Path(path).resolve().parent.is_dir():
@@ -226,9 +234,11 @@ def write_shortest(rollouts, args):
             rows.append({"problem": best.problem.problem, "answer": best.problem.answer,
                 "solution": best.text})
     Path(args.shortest).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tagged = all("</think>" in row["solution"] for row in rows)
     print(f"\n{args.shortest}: {len(rows)} of {len(rollouts) // args.n} problems have a correct "
         f"response; train on them with\n  python sft.py --init {args.checkpoints[-1]} --data "
-        f"{args.shortest} --privileged-frac 0 --out ckpt/shortest --steps 40 --lr 2e-4")
+        f"{args.shortest} --privileged-frac 0 --steps 40 --lr 2e-4 --min-lr-ratio 1 "
+        "--warmup-steps 0 --weight-decay 0 --out ckpt/shortest" + " --no-thinking" * (not tagged))
 
 
 @torch.no_grad()
@@ -270,12 +280,14 @@ def print_example(problem, args):
     which student and teacher differ most. Colours, on a terminal: red, the teacher finds the token
     less likely than the student does (distillation would remove it); green, more likely."""
     colours = sys.stdout.isatty()
-    columns, below = [], []
+    columns, below, sampler = [], [], None
     for path in args.checkpoints:
         model, tokenizer = load_model(path, args.device)
-        rollout = evaluate(make_sampler(model, tokenizer, [problem], args), [problem],
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
-            thinking=args.thinking)[0]
+        if sampler is None or args.sampler == "hf":
+            sampler = make_sampler(model, tokenizer, [problem], args)
+        sampler.sync(model)
+        rollout = evaluate(sampler, [problem], max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, seed=args.seed, thinking=args.thinking)[0]
         student, teacher = teacher_gap(model, tokenizer, rollout, args.thinking)
         ids = torch.tensor(rollout.response_ids)[:, None]
         gap = (teacher - student).gather(1, ids)[:, 0]  # log p_T(y_t) - log p_S(y_t)
@@ -290,8 +302,8 @@ def print_example(problem, args):
             below.append(f"  {t:6d}  {words[t]!r:14}  {student[t, ids[t]].exp().item():7.3f}  "
                 f"{teacher[t, ids[t]].exp().item():7.3f}  {kl[t]:5.2f}   "
                 f"{tokenizer.decode([best])!r} ({teacher[t, best].exp():.3f})")
-    print(f"problem:  {problem.problem}\nsolution: {problem.solution}\n"
-        f"answer:   {problem.answer}\n")
+    shown = f"solution: {problem.solution}\n" if problem.solution else ""  # none: the answer is
+    print(f"problem:  {problem.problem}\n{shown}answer:   {problem.answer}\n")
     width = max(20, shutil.get_terminal_size().columns // len(columns) - 2)
     cells = [wrap([(head, 1), ("\n\n", 0)], width)[:-1] + wrap(pieces, width)
         for head, pieces in columns]
@@ -304,7 +316,8 @@ def print_example(problem, args):
 
 def main():
     args = get_args()
-    data, columns = (args.data, args.columns) if args.data else default_data(args.checkpoints[0])
+    saved = trained_with(args.checkpoints[0])
+    data, columns = (args.data, args.columns) if args.data else (saved["data"], saved["columns"])
     whole = args.data not in (None, "arithmetic")
     problems = (read_problems(data, columns) if whole
         else load_problems(data, columns)[0 if args.train else 1])
@@ -313,7 +326,7 @@ def main():
     if args.example:
         return print_example(problems[args.seed % len(problems)], args)
     problems = problems[: args.problems]
-    which = "of all" if whole else "trained on" if args.train else "held out"
+    which = "of all" if whole else "of the training part" if args.train else "held out"
     print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each)")
     rows, before, sampler = [], None, None
     if args.samples:

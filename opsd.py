@@ -1,6 +1,6 @@
 """opsd.py: on-policy self-distillation, the third stage: SFT -> RLVR -> OPSD (arXiv 2605.06188).
 
-    python opsd.py --only-correct --init ckpt/rlvr      # the built-in world: a minute on 2 cores
+    python opsd.py --only-correct --init ckpt/rlvr      # the built-in world: half a minute
     python opsd.py --only-incorrect --init ckpt/rlvr    # the paper's counter-example; neither: all
 
 The model is its own teacher. The student samples y given the problem x; the teacher, the same
@@ -32,11 +32,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import check_context, collate, default_data, draw, evaluate, fail, fitting
+from rollout import check_context, collate, draw, evaluate, fail, fitting
 from rollout import in_chunks, label_rollouts, load_model, load_problems, make_sampler
 from rollout import micro_batches, recover_checkpoint, render_prompt, require_device
 from rollout import require_solutions, response_hidden_states, sample_row, summarize
-from rollout import token_log_probs
+from rollout import token_log_probs, trained_with
 from verify import verify_batch
 
 
@@ -45,7 +45,8 @@ def get_args():
     add_common_flags(parser)
     add = parser.add_argument_group("opsd").add_argument
     add("--only-correct", action="store_true", help="train on correct rollouts only: compresses")
-    add("--only-incorrect", action="store_true", help="train on incorrect rollouts only: does harm")
+    add("--only-incorrect", action="store_true",
+        help="train on incorrect rollouts only: in the paper, harmful")
     add("--truncated", choices=["incorrect", "correct", "drop"], default="incorrect",
         help="what a rollout that was cut off counts as; the paper's code: incorrect")
     add("--divergence", choices=["reverse", "forward", "jsd", "split"], default="reverse",
@@ -288,7 +289,7 @@ def run(args):
             longest, prompt = max(kept, key=lambda x: len(x[1]) + len(x[0].response_ids))
             check_context(student, len(prompt), len(longest.response_ids), "teacher's prompt")
             loss, measured = accumulate_gradients(student, teacher, *zip(*kept), args)
-            metrics |= optimizer_step(step, student, optimizer, loss, args)
+            metrics |= {"distill/kl": loss} | optimizer_step(step, student, optimizer, loss, args)
             update_teacher(step, teacher, student, args)
         else:
             state["skipped"] += 1
@@ -299,7 +300,7 @@ def run(args):
         if others:
             with torch.no_grad():
                 measured += accumulate_gradients(student, teacher, *zip(*others), args)[1]
-        metrics |= {"distill/kl": loss, **split_by_label_and_position(measured)}
+        metrics |= split_by_label_and_position(measured)
         sampler.sync(student)
         tokens = sum(len(r.response_ids) for r, _ in everything)
         metrics |= {"time/rollout": sampled - start, "time/train": time.time() - sampled}
@@ -343,8 +344,8 @@ def add_common_flags(parser):
         "name:config, name:config:split, or a folder; default: what --init was trained on")
     add("--columns", default="", help="names of its columns, if others than usual: "
         "problem=Question,answer=Gold,solution=Steps")
-    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
-        help="what is asked of chat templates that know thinking and not thinking")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="what is asked of chat templates "
+        "that know thinking and not thinking; default: as --init was trained, or thinking")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
     add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
@@ -416,8 +417,11 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
+    saved = trained_with(args.init)
     if not args.data:
-        args.data, args.columns = default_data(args.init)
+        args.data, args.columns = saved["data"], saved["columns"]
+    if args.thinking is None:
+        args.thinking = saved["thinking"]
     return args
 
 
@@ -542,10 +546,9 @@ def main():
         try:
             run(args)
         except torch.OutOfMemoryError:
-            fail(f"out of memory on {args.device}: lower --micro-batch-size (now "
-                f"{args.micro_batch_size}) or --max-new-tokens, or add --gradient-checkpointing or "
-                "--dtype bfloat16; --resume goes on from the last save, also with another "
-                "--micro-batch-size")
+            fail(f"out of memory on {args.device}: --resume goes on from the last save, also with "
+                f"a lower --micro-batch-size (now {args.micro_batch_size}) or with "
+                "--gradient-checkpointing; a new run may lower --max-new-tokens or take bfloat16")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from pathlib import Path
 
 import torch
 
-from rollout import collate, default_data, draw, evaluate, fail, fitting, label_rollouts
+from rollout import collate, draw, evaluate, fail, fitting, label_rollouts
 from rollout import load_model, load_problems, make_sampler, micro_batches, recover_checkpoint
 from rollout import render_prompt, require_device, sample_row, summarize, token_log_probs
+from rollout import trained_with
 
 
 def get_args():
@@ -284,8 +285,8 @@ def add_common_flags(parser):
         "name:config, name:config:split, or a folder; default: what --init was trained on")
     add("--columns", default="", help="names of its columns, if others than usual: "
         "problem=Question,answer=Gold,solution=Steps")
-    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
-        help="what is asked of chat templates that know thinking and not thinking")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="what is asked of chat templates "
+        "that know thinking and not thinking; default: as --init was trained, or thinking")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
     add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
@@ -357,8 +358,11 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
+    saved = trained_with(args.init)
     if not args.data:
-        args.data, args.columns = default_data(args.init)
+        args.data, args.columns = saved["data"], saved["columns"]
+    if args.thinking is None:
+        args.thinking = saved["thinking"]
     return args
 
 
@@ -483,10 +487,9 @@ def main():
         try:
             run(args)
         except torch.OutOfMemoryError:
-            fail(f"out of memory on {args.device}: lower --micro-batch-size (now "
-                f"{args.micro_batch_size}) or --max-new-tokens, or add --gradient-checkpointing or "
-                "--dtype bfloat16; --resume goes on from the last save, also with another "
-                "--micro-batch-size")
+            fail(f"out of memory on {args.device}: --resume goes on from the last save, also with "
+                f"a lower --micro-batch-size (now {args.micro_batch_size}) or with "
+                "--gradient-checkpointing; a new run may lower --max-new-tokens or take bfloat16")
 
 
 if __name__ == "__main__":

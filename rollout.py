@@ -105,7 +105,7 @@ def demonstrate_arithmetic(problem, rng, privileged, think=True):
 
 def render_response(steps, answer, think=True):
     """What sft.py teaches. A solution that is a whole response already stays as it is."""
-    if "</think>" in steps:
+    if "</think>" in steps or not think and "\\boxed{" in steps:
         return steps
     return f"<think>{steps}</think>\\boxed{{{answer}}}" if think else f"{steps} \\boxed{{{answer}}}"
 
@@ -229,7 +229,12 @@ def read_problems(data, columns=""):
         print(f"data: {data}: {len(bad)} of {len(rows)} rows are left out, {lacking} without a "
             f"problem, {len(bad) - lacking} without an answer; the first is row {bad[0]}",
             flush=True)
-    return [p for p in problems if p.problem and p.answer]
+    usable = [p for p in problems if p.problem and p.answer]
+    distinct = list({(p.problem, p.answer, p.solution): p for p in usable}.values())
+    if len(distinct) < len(usable):
+        print(f"data: {data}: {len(usable) - len(distinct)} of {len(rows)} rows repeat another row "
+            "and are left out", flush=True)
+    return distinct
 
 
 def load_problems(data, columns=""):
@@ -269,12 +274,12 @@ def permutation(n, seed, epoch):
     return order
 
 
-def default_data(init):
-    """--data and --columns that --init was trained on, as its args.json says; or the world's."""
+def trained_with(init):
+    """The data, columns and thinking of --init, as its args.json says; or the built-in world's."""
     recover_checkpoint(init or "")
     saved = Path(init or "", "args.json")
-    args = json.loads(saved.read_text()) if init and saved.is_file() else {"data": "arithmetic"}
-    return args["data"], args.get("columns", "")
+    args = json.loads(saved.read_text()) if init and saved.is_file() else {}
+    return {"data": "arithmetic", "columns": "", "thinking": True, **args}
 
 
 def require_solutions(problems, data, why):
@@ -668,6 +673,7 @@ class VLLMSampler:
 
     def wake(self, *parts):
         if needed := [part for part in parts if part in self.asleep]:
+            torch.cuda.empty_cache()  # what the trainer holds without need
             self.engine.wake_up(tags=needed)
             self.asleep -= set(needed)
 

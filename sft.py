@@ -1,6 +1,6 @@
 """sft.py: supervised fine-tuning, the first of three stages: SFT -> RLVR -> OPSD.
 
-    python sft.py                                           # the built-in world: 4 min on 2 cores
+    python sft.py                                           # the built-in world: 6 min on 2 cores
     python sft.py --data my.jsonl                           # your problems, from scratch
     python sft.py --data my.jsonl --init Qwen/Qwen3-0.6B    # your problems, a pretrained model
 
@@ -32,11 +32,11 @@ from pathlib import Path
 
 import torch
 
-from rollout import INSTRUCTION, PRIVILEGED, check_context, collate, default_data
+from rollout import INSTRUCTION, PRIVILEGED, check_context, collate
 from rollout import demonstrate_arithmetic, draw, evaluate, fail, fitting, load_model, load_problems
 from rollout import make_model, make_sampler, make_tokenizer, micro_batches, recover_checkpoint
 from rollout import render_prompt, render_response, require_device, require_solutions, sample_row
-from rollout import summarize, token_log_probs
+from rollout import summarize, token_log_probs, trained_with
 
 
 def get_args():
@@ -186,8 +186,8 @@ def add_common_flags(parser):
         "name:config, name:config:split, or a folder; default: what --init was trained on")
     add("--columns", default="", help="names of its columns, if others than usual: "
         "problem=Question,answer=Gold,solution=Steps")
-    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
-        help="what is asked of chat templates that know thinking and not thinking")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="what is asked of chat templates "
+        "that know thinking and not thinking; default: as --init was trained, or thinking")
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="a step's examples (sft) or prompts (rlvr, opsd)")
     add("--micro-batch-size", type=positive, help="sequences a forward pass; changes no gradient")
@@ -259,8 +259,11 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
+    saved = trained_with(args.init)
     if not args.data:
-        args.data, args.columns = default_data(args.init)
+        args.data, args.columns = saved["data"], saved["columns"]
+    if args.thinking is None:
+        args.thinking = saved["thinking"]
     return args
 
 
@@ -385,10 +388,9 @@ def main():
         try:
             run(args)
         except torch.OutOfMemoryError:
-            fail(f"out of memory on {args.device}: lower --micro-batch-size (now "
-                f"{args.micro_batch_size}) or --max-new-tokens, or add --gradient-checkpointing or "
-                "--dtype bfloat16; --resume goes on from the last save, also with another "
-                "--micro-batch-size")
+            fail(f"out of memory on {args.device}: --resume goes on from the last save, also with "
+                f"a lower --micro-batch-size (now {args.micro_batch_size}) or with "
+                "--gradient-checkpointing; a new run may lower --max-new-tokens or take bfloat16")
 
 
 if __name__ == "__main__":

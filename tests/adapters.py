@@ -25,9 +25,9 @@ def run_compute_group_normalized_rewards(rewards, group_size, use_std=True, eps=
     return rlvr.compute_group_normalized_rewards(rewards, group_size, use_std, eps)
 
 
-def run_grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_high):
+def run_grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_high, ratio_cap):
     """Exercise 4. (B, T), (B, T), (B, 1) -> loss of each token (B, T), whether the clip took it (B, T) bool."""
-    return rlvr.grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_high)
+    return rlvr.grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_high, ratio_cap)
 
 
 def run_sequence_weights(lengths, normalization, max_new_tokens):
@@ -35,9 +35,9 @@ def run_sequence_weights(lengths, normalization, max_new_tokens):
     return rlvr.sequence_weights(lengths, normalization, max_new_tokens)
 
 
-def run_divergence(student_logits, teacher_logits, kind, beta=0.5):
-    """Exercise 6. (N, V), (N, V), reverse | forward | jsd -> divergence at each position (N,)."""
-    return opsd.divergence(student_logits, teacher_logits, kind, beta)
+def run_divergence(student_logits, teacher_logits, kind, beta=0.5, is_correct=None):
+    """Exercise 6. (N, V), (N, V), reverse | forward | jsd | split, float, (N,) bool for split -> (N,)."""
+    return opsd.divergence(student_logits, teacher_logits, kind, beta, is_correct)
 
 
 def run_update_teacher(step, teacher, student, args):

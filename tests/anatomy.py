@@ -28,6 +28,10 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def show(value, form=".1f", scale=100):
+    return "–" if value is None else format(scale * value, form)
+
+
 def checks(text):
     """A response -> a list of (was this first result a slip, was it checked), step by step."""
     steps = []
@@ -66,11 +70,12 @@ def measure(paths, count, n):
     lost = (p_before - p_after) / len(sampled[1])  # of each vocabulary entry, expected uses in a response
     name = lambda i: tokenizer.decode([int(i)])  # noqa: E731
 
-    pass_rate = [mean([r.label == "correct" for r in sampled[0][i * n : i * n + n]]) for i in range(count)]
-    bins = {"all of 8": [1, 1], "6 or 7": [0.7, 0.9], "4 or 5": [0.4, 0.7], "0 to 3": [0, 0.4]}
+    right = [sum(r.label == "correct" for r in sampled[0][i : i + n]) for i in range(0, len(sampled[0]), n)]
+    bins = {"all": [n, n], "three quarters": [0.75 * n, n - 1], "half": [0.5 * n, 0.75 * n - 1],
+        "fewer": [0, 0.5 * n - 1]}
     difficulty = {}
     for title, (low, high) in bins.items():
-        chosen = [i for i, p in enumerate(pass_rate) if low <= p <= high]
+        chosen = [i for i, count in enumerate(right) if low <= count <= high]
         row = {"problems": len(chosen)}
         for when, rollouts in zip(("before", "after"), sampled[1:]):
             some = [r for i in chosen for r in rollouts[i * n : i * n + n]]
@@ -102,8 +107,7 @@ def merge(parts):
         return {key: merge([part[key] for part in parts]) for key in parts[0] if all(key in p for p in parts)}
     if isinstance(parts[0], list):
         return [merge(list(values)) for values in zip(*parts)]
-    known = [part for part in parts if part is not None]
-    return mean(known)
+    return mean([part for part in parts if part is not None])
 
 
 def print_tables(found):
@@ -112,20 +116,21 @@ def print_tables(found):
     print("\n| token | share of the KL, % | mean KL where it stands |\n|---|---|---|")
     for token, row in found["kl_by_token"].items():
         print(f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |")
-    print("\n| token | expected uses a response, before | after |\n|---|---|---|")
+    print("\n| token | expected uses, at the positions of the responses before | by the model after |\n|---|---|---|")
     for token, row in found["tokens_lost"].items():
         print(f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |")
-    print("\n| SFT's right answers of 8 | problems | accuracy before, % | after | length before | after "
+    print("\n| SFT right at least | problems | accuracy before, % | after | length before | after "
         "| change, % | doubt before | after |\n|---|---|---|---|---|---|---|---|---|")
     for title, row in found["difficulty"].items():
         a, b = row["length_before"], row["length_after"]
-        print(f"| {title} | {row['problems']:.0f} | {100 * row['accuracy_before']:.1f} | "
-            f"{100 * row['accuracy_after']:.1f} | {a:.1f} | {b:.1f} | {100 * (b / a - 1):+.1f} | "
-            f"{row['doubt_before']:.2f} | {row['doubt_after']:.2f} |")
+        cells = [show(row["accuracy_before"]), show(row["accuracy_after"]), show(a, scale=1), show(b, scale=1),
+            show(b / a - 1 if a else None, "+.1f"), show(row["doubt_before"], ".2f", 1),
+            show(row["doubt_after"], ".2f", 1)]
+        print(f"| {title} | {row['problems']:.0f} | {' | '.join(cells)} |")
     print("\n| | first results that are slips, % | checked after a slip, % | "
         "checked after a right result, % |\n|---|---|---|---|")
     for when, row in found["habits"].items():
-        print(f"| {when} | " + " | ".join(f"{100 * row[key]:.1f}" for key in row) + " |")
+        print(f"| {when} | " + " | ".join(show(row[key]) for key in row) + " |")
 
 
 def main():
@@ -143,6 +148,8 @@ def main():
             Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     else:
         saved = sorted((ROOT / ".github" / "results").glob("anatomy*.json"))
+        if not saved:
+            parser.error("nothing measured yet: give three checkpoints")
         found = merge([json.loads(path.read_text()) for path in saved])
     print_tables(found)
 

@@ -5,7 +5,7 @@
     python tests/course.py list             # exercise, function, state
 
 A blanked function keeps its signature and docstring; its body raises NotImplementedError. The solutions go to
-.solutions/blanked.json: hand the folder out without it and without .git. What `restore` replaces is kept there.
+.solutions/blanked.json: hand the folder out without .solutions, .git and __pycache__. `restore` keeps there what it replaces.
 """
 
 import argparse
@@ -36,7 +36,10 @@ def fail(message):
 
 def find(text, function):
     """-> the function's lines without signature and docstring: first, and one after the last, from 0."""
-    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    try:
+        functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    except SyntaxError as error:
+        fail(f"the file of {function} is not valid Python (line {error.lineno}): mend it, or get it from git")
     node = functions.get(function)
     if node is None:
         fail(f"no function {function}: it was renamed or removed; restore the file from git")
@@ -70,7 +73,7 @@ def main():
     solutions = json.loads(saved.read_text()) if saved.is_file() else {}
     if args.action == "restore" and not solutions:
         fail(f"nothing to restore: {saved.relative_to(ROOT)} is not there")
-    replaced = {}
+    kept = saved.parent / "replaced.jsonl"
     for number in args.exercises or EXERCISES:
         name, function = EXERCISES[number]
         body = body_of(ROOT / name, function)
@@ -85,13 +88,13 @@ def main():
             replace_body(ROOT / name, function, blank)
         if args.action == "restore" and str(number) in solutions:
             if body not in (blank, solutions[str(number)]):
-                replaced[number] = body
-                (saved.parent / "replaced.json").write_text(json.dumps(replaced, indent=1) + "\n")
-            replace_body(ROOT / name, function, solutions[str(number)])
+                with open(kept, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"exercise": number, "body": body}) + "\n")
+                print(f"exercise {number}: what stood there is kept in {kept.relative_to(ROOT)}")
+            replace_body(ROOT / name, function, solutions.pop(str(number)))
+            saved.write_text(json.dumps(solutions, indent=1) + "\n")
         state = "blank" if body_of(ROOT / name, function) == blank else "filled in"
         print(f"exercise {number}: {name} {function}: {state}")
-    if replaced:
-        print(f"what stood there is kept in {saved.parent.name}/replaced.json")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ freedom, the seed being the unit. Changes are taken within a seed, against its o
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +39,10 @@ PAIRS = [("only-incorrect", "only-correct"), ("incorrect-matched", "correct-matc
 
 
 def collect(folder):
-    """ckpt/seedN -> .github/results/seedN.json: of each arm what eval.py found, its path and its KL."""
-    arms = {}
+    """ckpt/seedN -> .github/results/seedN.json: of each arm what eval.py found, its path and its KL. Arms that
+    are not in the folder stay as they were."""
+    saved = RESULTS / f"{Path(folder).name}.json"
+    arms = json.loads(saved.read_text()) if saved.is_file() else {}
     for path in sorted(Path(folder).glob("*/eval.json")):
         row = json.loads(path.read_text())["checkpoints"][0]
         keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
@@ -47,15 +50,17 @@ def collect(folder):
         log = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
         arm["path"] = [[row["step"], round(row["eval/len_mean"], 2), round(row["eval/accuracy"], 4)]
             for row in log if "eval/accuracy" in row]
-        steps = [row for row in log if "distill/kl" in row]
+        steps = [row for row in log if "distill/kept_frac" in row]
         for name, part in ("first", steps[:1]), ("last_10", steps[-10:]):
             keys = sorted({key for row in part for key in row if key.startswith("distill/k")})
             values = {key.removeprefix("distill/"): [row[key] for row in part if key in row] for key in keys}
             arm |= {name: {key: round(sum(v) / len(v), 5) for key, v in values.items()}} if part else {}
         arms[path.parent.name] = arm
     RESULTS.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(arm)}" for name, arm in arms.items())
-    (RESULTS / f"{Path(folder).name}.json").write_text(f"{{\n{rows}\n}}\n")
+    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(arms[name])}" for name in sorted(arms))
+    saved.write_text(f"{{\n{rows}\n}}\n")
+    if Path(folder, "anatomy.json").is_file():
+        shutil.copy(Path(folder, "anatomy.json"), RESULTS / f"anatomy-{Path(folder).name}.json")
 
 
 def load_runs(folder=RESULTS):
@@ -67,7 +72,7 @@ def mean_and_half_width(values):
     """Mean and half the 95 % interval (Student's t); one value has none."""
     n, mean = len(values), sum(values) / len(values)
     deviation = (sum((v - mean) ** 2 for v in values) / max(1, n - 1)) ** 0.5
-    return mean, T95[n] * deviation / n**0.5 if n > 1 else float("nan")
+    return mean, T95.get(n, 1.96) * deviation / n**0.5 if n > 1 else float("nan")
 
 
 def cell(values, sign="", digits=1):
@@ -87,7 +92,10 @@ def commands():
         flags = flags.replace("$from", "--init ckpt/short-rlvr --no-thinking")
         flags = flags.replace("$dump", "shortest.jsonl")
         flags = re.sub(r'"?ckpt/seed\$seed/([\w-]+)"?', r"ckpt/\1", flags).replace("--eval-every 10", "")
-        made[name] = " ".join(f"python {stage}.py {flags}".replace('"', "").split())
+        out = "" if name == stage else f"--out ckpt/{name}"
+        made[name] = " ".join(f"python {stage}.py {flags} {out}".replace('"', "").split())
+    dump = "python eval.py ckpt/rlvr --train --problems 1280 --n 8 --shortest shortest.jsonl"
+    made["shortest-sft"] = f"{dump} && {made['shortest-sft']}"
     return made
 
 
@@ -145,7 +153,7 @@ def write_readme(runs):
 
 
 def plot(runs, path):
-    """Accuracy against length, mean over seeds: a path an arm over its steps, ending in its final figures."""
+    """Accuracy against length, mean over seeds, as training measured it: a path an arm over its steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -163,7 +171,7 @@ def plot(runs, path):
         line = axes.plot(lengths, [100 * a for a in accuracies], "-", marker=".", label=arm)[0]
         axes.plot(lengths[-1], 100 * accuracies[-1], "o", ms=8, color=line.get_color())
     axes.set(xlabel="response length (tokens)", ylabel="accuracy at T = 1 (%)",
-        title="Mean over seeds on 128 held-out problems, every 10 steps; the large point is the end")
+        title="Mean over seeds, 128 held-out problems, every 10 steps (rlvr: 25); large: the end")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)

@@ -89,7 +89,7 @@ teachers() { # 100 steps each, so that a refresh at step 50 has time to show
 }
 
 anatomy() { # where the KL sits, which words go, who gets shorter
-  local out=.github/results/anatomy$seed.json
+  local out=ckpt/seed$seed/anatomy.json
   if [ ! -f "$out" ]; then python tests/anatomy.py "ckpt/seed$seed"/{sft,rlvr,only-correct} --json "$out"; fi
 }
 

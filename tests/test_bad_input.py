@@ -282,6 +282,7 @@ def test_opsd_flags(base, flags, says):
         ("--json nowhere/r.json", "nowhere/r.json"),
         ("--shortest nowhere/r.jsonl", "nowhere/r.jsonl"),
         ("--train --data more.jsonl", "--train"),
+        ("--example --json r.json", "--example"),
     ],
 )
 def test_eval_flags(base, flags, says):
@@ -348,7 +349,7 @@ def test_out_of_memory(base, luck, stage, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stage, "accumulate_gradients", full)
         status, _, err = run_stage(stage, "--resume --out out")
-    assert status == 2 and err.startswith("error: out of memory on cpu: lower --micro-batch-size (now ")
+    assert status == 2 and err.startswith("error: out of memory on cpu: --resume goes on") and "(now " in err
     assert "--gradient-checkpointing" in err and err.count("\n") == 1
     status, _, err = run_stage(stage, "--resume --out out --micro-batch-size 3 --gradient-checkpointing")
     assert status == 0, err

@@ -252,13 +252,28 @@ def test_an_example_side_by_side(base, monkeypatch):
     assert out != run_stage(eval_stage, base / "sft", base / "sft", flags, 2)[1]  # another problem
 
 
+def test_thinking_is_remembered(base):
+    """A model that was trained without thinking, then sampled with it, starts from a prompt that it never saw."""
+    tiny = "--steps 1 --batch-size 2 --eval-problems 2 --max-new-tokens 8"
+    assert run_stage(sft, "--init", base / "sft", tiny, "--no-thinking --out short")[0] == 0
+    assert run_stage(rlvr, "--init short --out short-rlvr", tiny)[0] == 0
+    assert run_stage(rlvr, "--init short-rlvr --thinking --out long-rlvr", tiny)[0] == 0
+    thinks = [json.loads(Path(f, "args.json").read_text())["thinking"] for f in ("short-rlvr", "long-rlvr")]
+    assert thinks == [False, True]
+    flags = "--n 1 --problems 2 --max-new-tokens 8 --samples s.jsonl"
+    for checkpoint, ending in ("short-rlvr", "<think></think>"), ("long-rlvr", "<|assistant|>"):
+        assert run_stage(eval_stage, checkpoint, flags)[0] == 0
+        assert read_rows("s.jsonl")[0]["prompt"].endswith(ending)
+
+
 def test_the_shortest_of_n_goes_back_into_sft(base, luck):
     """Rejection sampling is two commands: eval.py writes what sft.py reads."""
     flags = "--train --problems 6 --n 4 --max-new-tokens 24 --shortest short.jsonl"
     status, out, err = run_stage(eval_stage, base / "sft", flags)
-    assert status == 0 and "6 problems, trained on" in out and len(read_rows("short.jsonl")) == 6, err
+    assert status == 0 and "6 problems, of the training part" in out and len(read_rows("short.jsonl")) == 6, err
     command = next(line for line in out.splitlines() if "python sft.py" in line)
     flags = command.split(f"--init {base / 'sft'}")[1].split()
+    assert "--warmup-steps 0 --weight-decay 0" in command  # with 50 steps of warm-up, 40 would teach little
     small = "--batch-size 2 --eval-problems 2 --steps 2"
     status, out, err = run_stage(sft, "--init", base / "sft", *flags, small)
     assert status == 0 and "(5 problems to train on, 1 held out)" in out, err

@@ -56,12 +56,16 @@ def test_blank_one_and_what_a_student_wrote_is_kept(copy):
     status, _, err = python(copy, "tests/course.py", "blank", "5")
     assert status == 2 and "other work" in err
     status, out, _ = python(copy, "tests/course.py", "restore")
-    assert status == 0 and "return lengths" in (copy / ".solutions" / "replaced.json").read_text()
+    assert status == 0 and "return lengths" in (copy / ".solutions" / "replaced.jsonl").read_text()
     assert (copy / "rlvr.py").read_bytes() == (ROOT / "rlvr.py").read_bytes()
+    course.replace_body(copy / "rlvr.py", "sequence_weights", "    return 1 / lengths\n")  # the reference changes
+    assert python(copy, "tests/course.py", "blank", "5")[0] == python(copy, "tests/course.py", "restore")[0] == 0
+    assert "return 1 / lengths" in course.body_of(copy / "rlvr.py", "sequence_weights")
 
 
 def test_bad_use_is_one_line(copy):
-    for command, says in [(["restore"], "nothing to restore"), (["blank", "9"], "there are 1 to 8")]:
+    (copy / "opsd.py").write_text("def divergence(:\n")
+    for command, says in [(["blank", "6"], "not valid Python (line 1)"), (["restore"], "nothing to restore"), (["blank", "9"], "there are 1 to 8")]:
         status, _, err = python(copy, "tests/course.py", *command)
         assert status == 2 and says in err and len(err.splitlines()) == 1
 

@@ -44,9 +44,10 @@ def test_rows_without_an_answer_are_counted(write_jsonl, capsys):
     good = {"problem": "1+1?", "answer": "2"}
     rows = [good, {"problem": "2+2?"}, {"answer": "4"}, {"problem": "2+2?", "answer": ""},
         {"problem": None, "answer": "4"}, {"problem": "2+2?", "answer": None, "solution": "Clearly it is."}, good]
-    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2", "")] * 2
+    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2", "")]  # the last repeats the first
     said = capsys.readouterr().out
     assert "5 of 7 rows are left out, 2 without a problem, 3 without an answer; the first is row 2" in said
+    assert "1 of 7 rows repeat another row and are left out" in said
 
 
 def test_columns(write_jsonl, fails_with):
@@ -173,6 +174,8 @@ def test_a_demonstration_that_is_whole_stays_as_it_is():
     whole = "<think>1+1 is 2.</think>So \\boxed{2}."
     assert rollout.render_response(whole, "2") == whole
     assert rollout.render_response("1+1 is 2.", "2") == "<think>1+1 is 2.</think>\\boxed{2}"
+    assert rollout.render_response("1+1 is 2.", "2", think=False) == "1+1 is 2. \\boxed{2}"
+    assert rollout.render_response("So \\boxed{2}.", "2", think=False) == "So \\boxed{2}."
 
 
 def test_fitting(capsys, fails_with):

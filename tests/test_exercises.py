@@ -77,12 +77,13 @@ def test_exercise_3_without_std():
     (0.7, 2.0, -1.4, -1.4, False),  # below the range, but A > 0 wants it up: the min keeps the gradient
     (0.7, -1.0, 0.8, 0.0, True),  # (1 - .2) * 1: no further down
     (1.4, -1.0, 1.4, 1.4, False),  # above the range, A < 0 wants it down
+    (5.0, -1.0, 3.0, 0.0, False),  # ... and there the cap of 3 on the ratio is the only limit
 ])  # fmt: skip
 def test_exercise_4_clip_higher(ratio, advantage, loss, gradient, clipped):
     """-min(r A, clip(r, 1 - .2, 1 + .28) A); d/d log pi of -r A is -r A."""
     policy = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
     old, advantages = torch.tensor([[-1.0]]), torch.tensor([[advantage]])
-    token_loss, took = adapters.run_grpo_clip_loss(policy, old, advantages, 0.2, 0.28)
+    token_loss, took = adapters.run_grpo_clip_loss(policy, old, advantages, 0.2, 0.28, 3.0)
     token_loss.sum().backward()
     assert close(token_loss.detach(), [loss]) and close(policy.grad, [gradient])
     assert took.tolist() == [[clipped]]
@@ -124,6 +125,21 @@ def test_exercise_6_jsd():
     KL(S||M) = .8 ln(.8/.65) + .2 ln(.2/.35) = .1661115 - .1119232 = .0541883; half of each: .0506718."""
     student, teacher = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
     assert close(adapters.run_divergence(student, teacher, "jsd"), [0.0506718])
+
+
+def test_exercise_6_jsd_with_another_beta():
+    """beta = .25 weighs the teacher: M = .725 .275, KL(T||M) = .1131367, KL(S||M) = .0150613,
+    .25 * .1131367 + .75 * .0150613 = .0395802. The weights swapped would give .0368936."""
+    student, teacher = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    assert close(adapters.run_divergence(student, teacher, "jsd", 0.25), [0.0395802])
+
+
+def test_exercise_6_split():
+    """Reverse where the response is correct, forward where it is not: the numbers of the first test."""
+    student, teacher = torch.tensor([[0.8, 0.2]] * 2).log(), torch.tensor([[0.5, 0.5]] * 2).log()
+    is_correct = torch.tensor([True, False])
+    got = adapters.run_divergence(student, teacher, "split", is_correct=is_correct)
+    assert close(got, [0.1927448, 0.2231436])
 
 
 # 7. A live teacher --------------------------------------------------------------------------------------------

@@ -38,8 +38,11 @@ def test_every_arm_has_a_command_that_the_seed_script_runs():
     commands = results.commands()
     arms = {arm for _, arms in results.TABLES.values() for arm in arms}
     assert arms <= commands.keys()
-    assert commands["incorrect-matched"] == (
-        "python opsd.py --init ckpt/rlvr --only-incorrect --match-budget --max-refills 40")
+    assert commands["sft"] == "python sft.py" and commands["rlvr"] == "python rlvr.py --init ckpt/sft"
+    assert commands["incorrect-matched"] == ("python opsd.py --init ckpt/rlvr --only-incorrect --match-budget "
+        "--max-refills 40 --out ckpt/incorrect-matched")
+    made = {re.search(r"--out (\S+)|$", command)[1] for command in commands.values()} | {"ckpt/sft", "ckpt/rlvr"}
+    assert {re.search(r"--init (\S+)|$", command)[1] for command in commands.values()} - {None} <= made
 
 
 def test_the_memory_table_is_what_its_command_prints(monkeypatch, capsys):
