@@ -136,7 +136,7 @@ def print_tables(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="*", help="three: after SFT, before OPSD, after OPSD")
-    parser.add_argument("--problems", type=int, default=400, help="held-out problems")
+    parser.add_argument("--problems", type=int, default=200, help="held-out problems")
     parser.add_argument("--n", type=int, default=8, help="responses to each")
     parser.add_argument("--json", help="write the figures")
     args = parser.parse_args()

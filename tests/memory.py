@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=8192, help="a micro-batch's, prompts and padding included")
     tokens = parser.parse_args().tokens
     print(f"GB, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
-    print("| Qwen3 | parameters | sft, rlvr | opsd | of it activations and logits | KV cache, a 1,000 tokens |")
+    print("| Qwen3 | parameters | sft, rlvr | opsd | of it activations and logits | KV cache, per 1,000 tokens |")
     print("|---|---|---|---|---|---|")
     for name, (hidden, inner, layers, heads, _) in SHAPES.items():
         if name == "tiny":
