@@ -67,7 +67,6 @@ def measure(paths, count, n):
         p_before = p_before + student.exp().sum(0)
         p_after = p_after + teacher_gap(after, tokenizer, rollout, True)[0].exp().sum(0)
     total = sum(map(sum, by_token.values()))
-    lost = (p_before - p_after) / len(sampled[1])  # of each vocabulary entry, expected uses in a response
     name = lambda i: tokenizer.decode([int(i)])  # noqa: E731
 
     right = [sum(r.label == "correct" for r in sampled[0][i : i + n]) for i in range(0, len(sampled[0]), n)]
@@ -89,20 +88,25 @@ def measure(paths, count, n):
         habits[when] = {"slips": mean([slip for slip, _ in steps]),
             "checked_after_a_slip": mean([check for slip, check in steps if slip]),
             "checked_after_a_right_result": mean([check for slip, check in steps if not slip])}
-    shares = sorted(by_token.items(), key=lambda x: -sum(x[1]))[:10]
+    used = [i for i in range(len(p_before)) if p_before[i] > 0.001 * len(sampled[1])]
     return {
         "kl_by_label": {label: mean(by_label[label]) for label in sorted(by_label)},
         "kl_by_tenth": [mean(by_position[k]) for k in range(10)],
-        "kl_by_token": {name(i): {"share": sum(v) / total, "mean": mean(v)} for i, v in shares},
+        "kl_by_token": {name(i): {"share": sum(by_token[i]) / total, "mean": mean(by_token[i])}
+            for i in used if by_token[i]},
         "tokens_lost": {name(i): {"before": float(p_before[i]) / len(sampled[1]),
-            "after": float(p_after[i]) / len(sampled[1])} for i in lost.topk(10).indices},
+            "after": float(p_after[i]) / len(sampled[1])} for i in used},
         "difficulty": difficulty,
         "habits": habits,
     }
 
 
+def top(rows, key, count=10):
+    return sorted(rows.items(), key=lambda x: -key(x[1]))[:count]
+
+
 def merge(parts):
-    """Means over seeds, key by key; a key that some seed lacks (a token of nobody else's top ten) is left out."""
+    """Means over seeds, key by key; a key that some seed lacks (a token that it hardly uses) is left out."""
     if isinstance(parts[0], dict):
         return {key: merge([part[key] for part in parts]) for key in parts[0] if all(key in p for p in parts)}
     if isinstance(parts[0], list):
@@ -114,10 +118,10 @@ def print_tables(found):
     print("KL a token, by label: " + ", ".join(f"{k} {v:.3f}" for k, v in found["kl_by_label"].items()))
     print("by tenth of the response: " + " ".join(f"{v:.3f}" for v in found["kl_by_tenth"]))
     print("\n| token | share of the KL, % | mean KL where it stands |\n|---|---|---|")
-    for token, row in found["kl_by_token"].items():
+    for token, row in top(found["kl_by_token"], lambda row: row["share"]):
         print(f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |")
     print("\n| token | expected uses, at the positions of the responses before | by the model after |\n|---|---|---|")
-    for token, row in found["tokens_lost"].items():
+    for token, row in top(found["tokens_lost"], lambda row: row["before"] - row["after"]):
         print(f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |")
     print("\n| SFT right at least | problems | accuracy before, % | after | length before | after "
         "| change, % | doubt before | after |\n|---|---|---|---|---|---|---|---|---|")
@@ -145,7 +149,7 @@ def main():
             parser.error("three checkpoints are needed: after SFT, before OPSD, after OPSD")
         found = measure(args.checkpoints, args.problems, args.n)
         if args.json:
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+            Path(args.json).write_text(json.dumps(found) + "\n")
     else:
         saved = sorted((ROOT / ".github" / "results").glob("anatomy*.json"))
         if not saved:

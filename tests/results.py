@@ -161,14 +161,15 @@ def plot(runs, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for arm in ["rlvr", "all", "only-correct", "only-incorrect", "correct-matched", "incorrect-matched",
-            "forward-correct", "forward-incorrect", "context-concise", "shortest-sft", "refresh-1"]:
+    for arm in ["rlvr", "sft-opsd", "all", "only-correct", "only-incorrect", "correct-matched", "incorrect-matched",
+            "forward-correct", "forward-incorrect", "forward-correct-matched", "forward-incorrect-matched"]:
         paths = [run[arm]["path"] for run in runs if arm in run]
         if not paths:
             continue
         points = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*paths)]
         _, lengths, accuracies = zip(*points)
-        line = axes.plot(lengths, [100 * a for a in accuracies], "-", marker=".", label=arm)[0]
+        style = "--" if "incorrect" in arm else "-"
+        line = axes.plot(lengths, [100 * a for a in accuracies], style, marker=".", label=arm)[0]
         axes.plot(lengths[-1], 100 * accuracies[-1], "o", ms=8, color=line.get_color())
     axes.set(xlabel="response length (tokens)", ylabel="accuracy at T = 1 (%)",
         title="Mean over seeds, 128 held-out problems, every 10 steps (rlvr: 25); large: the end")
