@@ -186,3 +186,24 @@ def test_wrap():
         lines = evaluation.wrap([(word, 0) for word in words], width)
         text = ["".join(part for part, _ in line) for line in lines]
         assert max(map(len, text)) <= width and "".join(text) == "".join(words).replace("\n", "")
+
+
+def test_red_is_what_distillation_would_remove(tokenizer, problems, monkeypatch, capsys):
+    """Colours the wrong way round tell the opposite story. Student .4 .4 .4, teacher .1 .9 .5 on what was said:
+    a quarter, red (41); over twice, green (42); hardly more, none."""
+    said = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("1", "2", "3")]
+    student = torch.full((3, len(tokenizer)), -20.0)
+    teacher = student.clone()
+    for t, (token, p) in enumerate(zip(said, (0.1, 0.9, 0.5))):
+        student[t, token], student[t, 0] = math.log(0.4), math.log(0.6)
+        teacher[t, token], teacher[t, 0] = math.log(p), math.log(1 - p)
+    rollout = Rollout([1], said, [0.0] * 3, False, problems[0], label="truncated")
+    sampler = SimpleNamespace(sync=lambda model: None)
+    for name, value in {"load_model": (None, tokenizer), "make_sampler": sampler, "evaluate": [rollout],
+            "teacher_gap": [student, teacher]}.items():  # fmt: skip
+        monkeypatch.setattr(evaluation, name, lambda *args, value=value, **kwargs: value)
+    monkeypatch.setattr(evaluation.sys.stdout, "isatty", lambda: True, raising=False)
+    args = SimpleNamespace(checkpoints=["x"], device="cpu", sampler="hf", max_new_tokens=3, temperature=1.0, seed=0,
+        thinking=True)  # fmt: skip
+    evaluation.print_example(problems[0], args)
+    assert "\033[41m1\033[0m\033[42m2\033[0m3" in capsys.readouterr().out
