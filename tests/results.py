@@ -77,7 +77,7 @@ def mean_and_half_width(values):
 
 def cell(values, sign="", digits=1):
     mean, half = mean_and_half_width(values)
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def commands():
@@ -116,7 +116,7 @@ def table(runs, base, arms):
             percent = cell([100 * (row["length"] / start["length"] - 1) for row, start in pairs], "+")
         cut = cell([100 * row["truncated"] for row, _ in pairs])
         doubt = sum(row["doubt"] for row, _ in pairs) / len(pairs)
-        seeds = "" if len(pairs) == len(runs) else f" ({len(pairs)} seeds)"
+        seeds = "" if len(pairs) == len(runs) else f" ({len(pairs)} of {len(runs)} seeds)"
         lines.append(f"| {arm}{seeds} | {accuracy} | {points} | {length} | {percent} | {cut} | {doubt:.2f} "
             f"| `{how[arm]}` |")
     return "\n".join(lines)
