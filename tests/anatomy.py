@@ -114,27 +114,35 @@ def merge(parts):
     return mean([part for part in parts if part is not None])
 
 
-def print_tables(found):
-    print("KL a token, by label: " + ", ".join(f"{k} {v:.3f}" for k, v in found["kl_by_label"].items()))
-    print("by tenth of the response: " + " ".join(f"{v:.3f}" for v in found["kl_by_tenth"]))
-    print("\n| token | share of the KL, % | mean KL where it stands |\n|---|---|---|")
+def tables(found):
+    """The figures as Markdown."""
+    lines = ["KL a token, by label: " + ", ".join(f"{k} {v:.3f}" for k, v in found["kl_by_label"].items())
+        + "; by tenth of the response: " + " ".join(f"{v:.3f}" for v in found["kl_by_tenth"]) + ".", ""]
+    lines += ["| token | share of the KL, % | mean KL where it stands |", "|---|---|---|"]
     for token, row in top(found["kl_by_token"], lambda row: row["share"]):
-        print(f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |")
-    print("\n| token | expected uses, at the positions of the responses before | by the model after |\n|---|---|---|")
+        lines += [f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |"]
+    lines += ["", "| token | expected uses, at the positions of the responses before | by the model after |",
+        "|---|---|---|"]
     for token, row in top(found["tokens_lost"], lambda row: row["before"] - row["after"]):
-        print(f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |")
-    print("\n| SFT right at least | problems | accuracy before, % | after | length before | after "
-        "| change, % | doubt before | after |\n|---|---|---|---|---|---|---|---|---|")
+        lines += [f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |"]
+    lines += ["", "| SFT right at least | problems | accuracy before, % | after | length before | after | change, % "
+        "| doubt before | after |", "|---|---|---|---|---|---|---|---|---|"]
     for title, row in found["difficulty"].items():
         a, b = row["length_before"], row["length_after"]
         cells = [show(row["accuracy_before"]), show(row["accuracy_after"]), show(a, scale=1), show(b, scale=1),
             show(b / a - 1 if a else None, "+.1f"), show(row["doubt_before"], ".2f", 1),
             show(row["doubt_after"], ".2f", 1)]
-        print(f"| {title} | {row['problems']:.0f} | {' | '.join(cells)} |")
-    print("\n| | first results that are slips, % | checked after a slip, % | "
-        "checked after a right result, % |\n|---|---|---|---|")
+        lines += [f"| {title} | {row['problems']:.0f} | {' | '.join(cells)} |"]
+    lines += ["", "| | first results that are slips, % | checked after a slip, % | checked after a right result, % |",
+        "|---|---|---|---|"]
     for when, row in found["habits"].items():
-        print(f"| {when} | " + " | ".join(show(row[key]) for key in row) + " |")
+        lines += [f"| {when} | " + " | ".join(show(row[key]) for key in row) + " |"]
+    return "\n".join(lines)
+
+
+def load(folder=ROOT / ".github" / "results"):
+    """The committed figures of all seeds, averaged."""
+    return merge([json.loads(path.read_text()) for path in sorted(folder.glob("anatomy*.json"))])
 
 
 def main():
@@ -151,11 +159,8 @@ def main():
         if args.json:
             Path(args.json).write_text(json.dumps(found) + "\n")
     else:
-        saved = sorted((ROOT / ".github" / "results").glob("anatomy*.json"))
-        if not saved:
-            parser.error("nothing measured yet: give three checkpoints")
-        found = merge([json.loads(path.read_text()) for path in saved])
-    print_tables(found)
+        found = load()
+    print(tables(found))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ TABLES = {  # title -> arms, and what their changes are against
         "short-incorrect"]),
 }
 
-CONTRASTS = "Against each other, seed by seed"
+CONTRASTS, ANATOMY = "Against each other, seed by seed", "What OPSD takes away, and where"
 PAIRS = [("only-incorrect", "only-correct"), ("incorrect-matched", "correct-matched"),
     ("forward-incorrect", "forward-correct"), ("forward-incorrect-matched", "forward-correct-matched"), 
     ("jsd-incorrect", "jsd-correct"), ("short-incorrect", "short-correct"), ("only-correct", "all"),
@@ -136,8 +136,10 @@ def contrasts(runs):
 
 def all_tables(runs):
     """{title: Markdown}"""
+    import anatomy  # here, since it needs torch
+
     tables = {title: table(runs, base, arms) for title, (base, arms) in TABLES.items()}
-    return tables | {CONTRASTS: contrasts(runs)}
+    return tables | {CONTRASTS: contrasts(runs), ANATOMY: anatomy.tables(anatomy.load())}
 
 
 def write_readme(runs):

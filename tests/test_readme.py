@@ -21,7 +21,7 @@ def test_links_point_at_what_they_name():
         assert re.match(rf"\s*(def|class) {name}\b|{name} = ", found), f"{file}:{line} is {found!r}, not {name}"
 
 
-@pytest.mark.parametrize("title", [*results.TABLES, results.CONTRASTS])
+@pytest.mark.parametrize("title", [*results.TABLES, results.CONTRASTS, results.ANATOMY])
 def test_the_results_tables_are_what_the_committed_runs_give(title):
     """A number typed into the README by hand is a number that nobody can reproduce."""
     assert results.all_tables(results.load_runs())[title] in README
