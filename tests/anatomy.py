@@ -125,16 +125,16 @@ def tables(found):
         "|---|---|---|"]
     for token, row in top(found["tokens_lost"], lambda row: row["before"] - row["after"]):
         lines += [f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |"]
-    lines += ["", "| SFT right at least | problems | accuracy before, % | after | length before | after | change, % "
-        "| doubt before | after |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += ["", "| SFT right at least | problems | accuracy before, % | after | length before | after "
+        "| change, % | doubt before | after |", "|---|---|---|---|---|---|---|---|---|"]
     for title, row in found["difficulty"].items():
         a, b = row["length_before"], row["length_after"]
         cells = [show(row["accuracy_before"]), show(row["accuracy_after"]), show(a, scale=1), show(b, scale=1),
             show(b / a - 1 if a else None, "+.1f"), show(row["doubt_before"], ".2f", 1),
             show(row["doubt_after"], ".2f", 1)]
         lines += [f"| {title} | {row['problems']:.0f} | {' | '.join(cells)} |"]
-    lines += ["", "| | first results that are slips, % | checked after a slip, % | checked after a right result, % |",
-        "|---|---|---|---|"]
+    lines += ["", "| | first results that are slips, % | checked after a slip, % "
+        "| checked after a right result, % |", "|---|---|---|---|"]
     for when, row in found["habits"].items():
         lines += [f"| {when} | " + " | ".join(show(row[key]) for key in row) + " |"]
     return "\n".join(lines)

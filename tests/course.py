@@ -5,7 +5,8 @@
     python tests/course.py list             # exercise, function, state
 
 A blanked function keeps its signature and docstring; its body raises NotImplementedError. The solutions go to
-.solutions/blanked.json: hand the folder out without .solutions, .git and __pycache__. `restore` keeps there what it replaces.
+.solutions/blanked.json: hand the folder out without .solutions, .git and __pycache__. What `restore` replaces is
+kept there too.
 """
 
 import argparse

@@ -163,8 +163,9 @@ def plot(runs, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for arm in ["rlvr", "sft-opsd", "all", "only-correct", "only-incorrect", "correct-matched", "incorrect-matched",
-            "forward-correct", "forward-incorrect", "forward-correct-matched", "forward-incorrect-matched"]:
+    for arm in ["rlvr", "sft-opsd", "all", "only-correct", "only-incorrect", "correct-matched",
+            "incorrect-matched", "forward-correct", "forward-incorrect", "forward-correct-matched",
+            "forward-incorrect-matched"]:
         paths = [run[arm]["path"] for run in runs if arm in run]
         if not paths:
             continue

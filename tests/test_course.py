@@ -64,9 +64,11 @@ def test_blank_one_and_what_a_student_wrote_is_kept(copy):
 
 
 def test_bad_use_is_one_line(copy):
+    """A student's file that does not parse must not end the instructor's command in a traceback."""
     (copy / "opsd.py").write_text("def divergence(:\n")
-    for command, says in [(["blank", "6"], "not valid Python (line 1)"), (["restore"], "nothing to restore"), (["blank", "9"], "there are 1 to 8")]:
-        status, _, err = python(copy, "tests/course.py", *command)
+    uses = {"blank 6": "not valid Python (line 1)", "restore": "nothing to restore", "blank 9": "there are 1 to 8"}
+    for command, says in uses.items():
+        status, _, err = python(copy, "tests/course.py", *command.split())
         assert status == 2 and says in err and len(err.splitlines()) == 1
 
 
