@@ -305,8 +305,8 @@ def print_example(problem, args):
     shown = f"solution: {problem.solution}\n" if problem.solution else ""  # none: the answer is
     print(f"problem:  {problem.problem}\n{shown}answer:   {problem.answer}\n")
     width = max(20, shutil.get_terminal_size().columns // len(columns) - 2)
-    cells = [wrap([(head, 1), ("\n\n", 0)], width)[:-1] + wrap(pieces, width)
-        for head, pieces in columns]
+    cells = [wrap([*((f"{word} ", 1) for word in head.split()), ("\n\n", 0)], width)[:-1]
+        + wrap(pieces, width) for head, pieces in columns]
     for row in itertools.zip_longest(*cells, fillvalue=[]):
         print("  ".join("".join(f"\033[{c}m{text}\033[0m" if colours and c else text
             for text, c in line) + " " * (width - sum(len(text) for text, _ in line))
