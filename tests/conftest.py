@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / room) for room in ("bench", "course", "experiments"))]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

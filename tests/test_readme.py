@@ -54,7 +54,7 @@ def test_the_memory_table_is_what_its_command_prints(monkeypatch, capsys):
 
 def test_flags_in_the_readme_exist():
     """A command in the README with a flag that was renamed fails on the reader's first try."""
-    files = [*ROOT.glob("*.py"), ROOT / "tests/results.py", ROOT / "tests/bench_model.py"]
+    files = [*ROOT.glob("*.py"), ROOT / "tests/experiments/results.py", ROOT / "tests/bench/bench_model.py"]
     code = "".join(file.read_text() for file in files)
     flags = set(re.findall(r"`?(--[a-z][a-z-]+)", README)) - {"--help", "--no-deps", "--index-url"}
     defined = set(re.findall(r'"(--[a-z-]+)"', code))

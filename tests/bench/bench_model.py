@@ -1,7 +1,7 @@
 """Tokens per second of sampling and of training, and the share of the device's peak: a GPU's benchmark.
 
-    python tests/bench_model.py --size 0.6B                  # Qwen3's shape, random weights, bfloat16
-    python tests/bench_model.py --size tiny --device cpu     # the same code in a few seconds
+    python tests/bench/bench_model.py --size 0.6B                  # Qwen3's shape, random weights, bfloat16
+    python tests/bench/bench_model.py --size tiny --device cpu     # the same code in a few seconds
 
 Model FLOPs: 2 a parameter and token forward, 6 with the backward pass, attention and recomputation not
 counted; the share of the peak (MFU) is against --peak TFLOP/s (default 989, an H100's in bfloat16).
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from memory import SHAPES, make_config  # noqa: E402

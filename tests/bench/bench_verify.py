@@ -1,4 +1,4 @@
-"""How long a verdict takes: python tests/bench_verify.py
+"""How long a verdict takes: python tests/bench/bench_verify.py
 
 Over the pairs of tests/test_verify.py, each behind a paragraph of reasoning: the median and the 99th
 percentile of the times of single calls, here and through verify_batch's worker. Where the package
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tests/, and the top
 
 from test_verify import PAIRS  # noqa: E402
 

@@ -1,9 +1,9 @@
 """Eight exercises, from a masked mean to which rollouts to learn from. The README has the course's page.
 
-    python -m pytest tests/test_exercises.py -k exercise_3
+    python -m pytest tests/course/test_exercises.py -k exercise_3
 
 Every expected number is worked out by hand in the docstring; tolerance 1e-5. Tests reach the code through
-tests/adapters.py.
+tests/course/adapters.py.
 """
 
 import math

@@ -1,7 +1,7 @@
 """How much faster than transformers' model.generate is HFSampler? Same model, prompts, batch, end.
 
-    python tests/bench_rollout.py       # ckpt/sft, or an untrained model with the world's lengths
-    python tests/bench_rollout.py ckpt/rlvr
+    python tests/bench/bench_rollout.py       # ckpt/sft, or an untrained model with the world's lengths
+    python tests/bench/bench_rollout.py ckpt/rlvr
 
 256 sequences as rlvr.py samples them: 32 prompts of the built-in world, 8 responses to each, T = 1,
 at most 192 new tokens. Only tokens of responses are counted, EOS included and nothing after it. One
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""How much GPU memory does a stage take? Computed from a model's shape: python tests/memory.py
+"""How much GPU memory does a stage take? Computed from a model's shape: python tests/bench/memory.py
 
 Per parameter: fp32 weight 4 bytes, gradient 4, AdamW's two moments 8; a frozen second model (opsd.py's teacher,
 rlvr.py's reference with --kl-coef) 4 more. Activations with --gradient-checkpointing: a layer's fp32 input for
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402

@@ -1,7 +1,7 @@
-"""The README's results from .github/results/seed*.json, which tests/run_seeds.sh writes.
+"""The README's results from tests/experiments/results/seed*.json, which tests/experiments/run_seeds.sh writes.
 
-    python tests/results.py                          # prints the tables, as Markdown
-    python tests/results.py --readme --plot .github/results.svg    # into the README; draws the figure
+    python tests/experiments/results.py                          # prints the tables, as Markdown
+    python tests/experiments/results.py --readme --plot tests/experiments/results.svg    # into the README; draws the figure
 
 A cell is the mean over seeds and half its 95 % interval: t * s / sqrt(n), Student's t with n - 1 degrees of
 freedom, the seed being the unit. Changes are taken within a seed, against its own start.
@@ -13,8 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / ".github" / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests" / "experiments" / "results"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 TABLES = {  # title -> arms, and what their changes are against
@@ -39,7 +39,7 @@ PAIRS = [("only-incorrect", "only-correct"), ("incorrect-matched", "correct-matc
 
 
 def collect(folder):
-    """ckpt/seedN -> .github/results/seedN.json: of each arm what eval.py found, its path and its KL. Arms that
+    """ckpt/seedN -> tests/experiments/results/seedN.json: of each arm what eval.py found, its path and its KL. Arms that
     are not in the folder stay as they were."""
     saved = RESULTS / f"{Path(folder).name}.json"
     arms = json.loads(saved.read_text()) if saved.is_file() else {}
@@ -81,8 +81,8 @@ def cell(values, sign="", digits=1):
 
 
 def commands():
-    """{arm: the command of tests/run_seeds.sh, as one would type it}."""
-    text = (ROOT / "tests" / "run_seeds.sh").read_text().replace("\\\n", " ")
+    """{arm: the command of tests/experiments/run_seeds.sh, as one would type it}."""
+    text = (ROOT / "tests" / "experiments" / "run_seeds.sh").read_text().replace("\\\n", " ")
     made = {}
     for kind, name, flags in re.findall(r"^  (opsd|run) (\S+) ?(.*)$", text, re.MULTILINE):
         if kind == "run":
@@ -185,7 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--readme", action="store_true", help="also write the tables into the README")
     parser.add_argument("--plot", help="also draw the figure: .svg or .png")
-    parser.add_argument("--collect", metavar="FOLDER", help="ckpt/seedN: read its arms into .github/results")
+    parser.add_argument("--collect", metavar="FOLDER", help="ckpt/seedN: read its arms into tests/experiments/results")
     args = parser.parse_args()
     if args.collect:
         return collect(args.collect)

@@ -1,6 +1,6 @@
 """How much memory does OPSD's loss take, forward and backward, in chunks and the plain way?
 
-    python tests/bench_opsd_memory.py    # a minute or two; on a CPU the plain way takes about 9 GB
+    python tests/bench/bench_opsd_memory.py    # a minute or two; on a CPU the plain way takes about 9 GB
 
 At a real vocabulary, Qwen3's 151,936. The plain way makes the logits of all tokens, (T, V) for
 student and teacher, and differentiates through them. Each way runs in a process of its own, which
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The README's results: every arm, for each seed given. Resumable: what is finished is not repeated.
-#   bash tests/run_seeds.sh 0 1 2 3 4        then        python tests/results.py
+#   bash tests/experiments/run_seeds.sh 0 1 2 3 4        then        python tests/experiments/results.py
 # About an hour a seed on one core; two processes with other seeds each, OMP_NUM_THREADS=1, use two.
-# ONLY="start paper" bash tests/run_seeds.sh 0      some groups of arms only (they are listed at the end)
+# ONLY="start paper" bash tests/experiments/run_seeds.sh 0      some groups of arms only (they are listed at the end)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 run() { # run NAME STAGE FLAGS...: train ckpt/seed$seed/NAME, or resume it, then judge it
   local out=ckpt/seed$seed/$1 stage=$2.py
@@ -90,13 +90,13 @@ teachers() { # 100 steps each, so that a refresh at step 50 has time to show
 
 anatomy() { # where the KL sits, which words go, who gets shorter
   local out=ckpt/seed$seed/anatomy.json
-  if [ ! -f "$out" ]; then python tests/anatomy.py "ckpt/seed$seed"/{sft,rlvr,only-correct} --json "$out"; fi
+  if [ ! -f "$out" ]; then python tests/experiments/anatomy.py "ckpt/seed$seed"/{sft,rlvr,only-correct} --json "$out"; fi
 }
 
 thinking=
 for group in ${ONLY:-start paper matched forward_matched divergences controls order no_thinking teachers anatomy}; do
   for seed in "$@"; do
     $group
-    python tests/results.py --collect "ckpt/seed$seed"
+    python tests/experiments/results.py --collect "ckpt/seed$seed"
   done
 done

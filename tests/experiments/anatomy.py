@@ -1,7 +1,7 @@
 """What OPSD takes away, and where: KL by position, label and token, words lost, difficulty, checks.
 
-    python tests/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd               # measures (a minute), prints tables
-    python tests/anatomy.py                                            # prints those of .github/results again
+    python tests/experiments/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd               # measures (a minute), prints tables
+    python tests/experiments/anatomy.py                                            # prints those of tests/experiments/results again
 
 On held-out problems of the built-in world. The KL is that of opsd.py's first step, KL(student || teacher), both
 with the weights of the second checkpoint, at the tokens of its own responses. Of several seeds: their mean.
@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from eval import DOUBT, teacher_gap  # noqa: E402
@@ -140,7 +140,7 @@ def tables(found):
     return "\n".join(lines)
 
 
-def load(folder=ROOT / ".github" / "results"):
+def load(folder=ROOT / "tests" / "experiments" / "results"):
     """The committed figures of all seeds, averaged."""
     return merge([json.loads(path.read_text()) for path in sorted(folder.glob("anatomy*.json"))])
 

@@ -1,8 +1,8 @@
 """The course kit: blanks the functions that students write, and restores them.
 
-    python tests/course.py blank            # all eight exercises; `blank 3 6`: these only
-    python tests/course.py restore          # the reference solutions, from .solutions/
-    python tests/course.py list             # exercise, function, state
+    python tests/course/course.py blank            # all eight exercises; `blank 3 6`: these only
+    python tests/course/course.py restore          # the reference solutions, from .solutions/
+    python tests/course/course.py list             # exercise, function, state
 
 A blanked function keeps its signature and docstring; its body raises NotImplementedError. The solutions go to
 .solutions/blanked.json: hand the folder out without .solutions, .git and __pycache__. What `restore` replaces is
@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXERCISES = {  # number -> file, function
     1: ("sft.py", "sft_loss"),
     2: ("rollout.py", "collate"),
@@ -26,7 +26,7 @@ EXERCISES = {  # number -> file, function
     7: ("opsd.py", "update_teacher"),
     8: ("opsd.py", "is_kept"),
 }
-TESTS = "python -m pytest tests/test_exercises.py -k exercise_"
+TESTS = "python -m pytest tests/course/test_exercises.py -k exercise_"
 BLANK = f'    raise NotImplementedError("exercise {{0}}: {TESTS}{{0}}")\n'
 
 
