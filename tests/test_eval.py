@@ -11,7 +11,8 @@ import torch
 from conftest import encode_by_character, full_log_probs, make_tiny
 
 import eval as evaluation  # the file is called eval.py, and the name is Python's own
-from rollout import HFSampler, Problem, Rollout, label_rollouts, read_problems, render_prompt, render_response
+from rollout import HFSampler, Problem, Rollout, label_rollouts, read_problems, render_prompt
+from sft import render_response
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)])
