@@ -116,12 +116,14 @@ def check_flags(args):
         fail(f"--vllm-memory {args.vllm_memory}: must be a share of the GPU, above 0 and up to 1")
     if args.train and args.data not in (None, "arithmetic"):
         fail("--train goes with the data of the checkpoints; --data is used whole")
-    if args.example and given not in ([], ["--html"]):
-        fail(f"--example writes no file but --html: leave out the others of {', '.join(given)}")
+    not_html = [flag for flag in given if flag != "--html"]
+    if args.example and not_html:
+        fail(f"--example writes no file but --html: leave out {', '.join(not_html)}")
     if not args.example and (args.html or args.all_tokens):
         fail("--html and --all-tokens show an example: add --example")
-    if args.curves and len(given) > 1:
-        fail(f"--curves evaluates nothing: leave out the others of {', '.join(given)}")
+    not_curves = [flag for flag in given if flag != "--curves"]
+    if args.curves and not_curves:
+        fail(f"--curves evaluates nothing: leave out {', '.join(not_curves)}")
 
 
 # --------------------------------------------------------------------------------------------------
