@@ -174,7 +174,7 @@ def tables(found):
     """The figures as Markdown."""
     labels = ", ".join(f"{label} {value:.3f}" for label, value in found["kl_by_label"].items())
     tenths = " ".join(f"{value:.3f}" for value in found["kl_by_tenth"])
-    lines = [f"KL a token, by label: {labels}; by tenth of the response: {tenths}."]
+    lines = [f"KL a token, by label: {labels};", f"by tenth of the response: {tenths}."]
 
     lines += ["", "| token | share of the KL, % | mean KL where it stands |", "|---|---|---|"]
     for token, row in ten_largest(found["kl_by_token"], share_of_kl):
