@@ -87,7 +87,7 @@ def get_args():
     if args.only_correct and args.only_incorrect:
         fail("--only-correct and --only-incorrect exclude each other; neither: all rollouts")
     if not 0 < args.beta < 1:
-        fail(f"--beta {args.beta}: not between 0 and 1 (at the ends: --divergence forward, reverse)")
+        fail(f"--beta {args.beta} not in (0, 1); at its ends, use --divergence forward or reverse")
     if args.context == "rollout" and args.group_size < 2:
         fail("--context rollout shows the teacher a sibling rollout: give --group-size 2 or more")
     return args

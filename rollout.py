@@ -10,6 +10,8 @@ Three rules hold everywhere. Breaking any of them gives a bug that trains withou
   - Sequences are scored padded on the right. A causal model cannot see what comes later, so scoring
     needs no attention mask, and positions start at 0. Only the sampler pads left, with a mask.
 
+The last third, from "A run and its folder" on, is plumbing: leave it out at a first reading.
+
     python rollout.py --data my.jsonl --init Qwen/Qwen3-1.7B    # data as the model will see it
 """
 
@@ -785,7 +787,7 @@ def add_run_flags(parser):
         "problem=Question,answer=Gold,solution=Steps")
     add("--thinking", action=argparse.BooleanOptionalAction, help="what is asked of chat templates "
         "that know thinking and not thinking; default: as --init was trained, or thinking")
-    add("--seed", type=seed_number, default=0, help="of data order, sampling, and a new model's weights")
+    add("--seed", type=seed_number, default=0, help="of data order, sampling, a new model")
     add("--eval-problems", type=positive, default=128, help="held-out problems to measure on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, mps")
@@ -866,7 +868,7 @@ def saved_args(parser, out):
 @contextlib.contextmanager
 def only_run_in(folder):
     """One run a folder. The system drops the lock when this process ends, however it ends."""
-    lock = Path(f"{folder}.lock")
+    lock = Path(f"{Path(folder).resolve()}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         try:
@@ -912,10 +914,11 @@ def start_run(args, optimizer):
     except Exception as error:  # of many types, one for each way to be damaged
         fail(f"{out / 'trainer_state.pt'}: damaged ({reason(error)}): restore it from a copy, or "
             f"start a new run with --init {out} and another --out")
-    for log in out.glob("*.jsonl"):  # drop what came after the save, and a line that is cut off
+    for log in (out / "metrics.jsonl", out / "samples.jsonl"):
+        # Drop what came after the save, and a line that was cut off.
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= state["step"]]
         log.with_suffix(".new").write_text("".join(kept), encoding="utf-8")
         log.with_suffix(".new").replace(log)
     return state
@@ -1002,26 +1005,26 @@ def main():
     args = parser.parse_args()
     builtin = args.data == "arithmetic"
     problems = load_problems(args.data)[0] if builtin else read_problems(args.data, args.columns)
-    tokenizer, lengths = load_tokenizer(args.init), {}
+    tokenizer = load_tokenizer(args.init)
+    lengths = {"student's prompt": [], "teacher's prompt": [], "solution": []}
     for i, problem in enumerate(problems[:1000]):
         context = "solution" if problem.solution else "answer"
         shown = problem.solution or problem.answer
-        for name, ids in {
-            "student's prompt": render_prompt(tokenizer, problem, thinking=args.thinking),
-            "teacher's prompt": render_prompt(tokenizer, problem, context, shown, args.thinking),
-            "solution": tokenizer.encode(problem.solution, add_special_tokens=False),
-        }.items():
-            lengths.setdefault(name, []).append(len(ids))
+        student = render_prompt(tokenizer, problem, thinking=args.thinking)
+        teacher = render_prompt(tokenizer, problem, context, shown, args.thinking)
+        solution = tokenizer.encode(problem.solution, add_special_tokens=False)
+        for name, ids in zip(lengths, (student, teacher, solution)):
+            lengths[name].append(len(ids))
             if i < 3:
                 print(f"--- {name}, {len(ids)} tokens\n{tokenizer.decode(ids)}")
         if i < 3:
             print(f"--- gold: {problem.answer}\n")
-    print(f"{len(problems)} usable problems. Of the first {i + 1}, in tokens:")
+    golds = [p.answer for p in problems[:1000]]
+    print(f"{len(problems)} usable problems. Of the first {len(golds)}, in tokens:")
     for name, counts in lengths.items():
         counts.sort()
         print(f"  {name:17s} shortest {counts[0]:5d}   median {counts[len(counts) // 2]:5d}   "
             f"longest {counts[-1]:5d}")
-    golds = [p.answer for p in problems[:1000]]
     equal = sum(verify_batch([f"\\boxed{{{gold}}}" for gold in golds], golds))
     print(f"  {equal} of {len(golds)} golds are found equal to themselves by verify.py")
 

@@ -139,11 +139,13 @@ def test_what_a_user_keeps_in_the_folder_stays(base):
     flags = small(base, sft, steps=3)
     assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
     Path("out/notes.txt").write_text("the best so far")
+    Path("out/mine.jsonl").write_text('{"problem": "1+1?"}\n')
     Path("out/plots").mkdir()
     Path("out/plots/a.svg").write_text("<svg/>")
     assert run_stage(sft, "--resume --out out --stop-after 1")[0] == 0
     assert run_stage(sft, "--resume --out out")[0] == 0
     assert Path("out/notes.txt").read_text() == "the best so far" and Path("out/plots/a.svg").exists()
+    assert Path("out/mine.jsonl").read_text() == '{"problem": "1+1?"}\n'
     assert torch.load("out/trainer_state.pt")["step"] == 3
 
 
