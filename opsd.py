@@ -10,16 +10,19 @@ Every position is pulled from what the student would say to what it would say if
     L    = E_{x, y ~ pi_S(.|x)} [ 1/|y| * sum_t KL_t ]
     KL_t = KL( pi_S(.|x, y_<t) || pi_T(.|x, c, y_<t) )      over the full vocabulary, in fp32
 
-a mean over each response, then over those that are kept. The paper: trained on correct responses
+a mean over each response, then over those that are kept, so that a long response counts no more
+than a short one. The paper: trained on correct responses
 this shortens and keeps accuracy; trained on incorrect ones it does harm.
 
 The gradient. KL_t is differentiated through the student's logits, and nothing flows into pi_T. The
-sampled y counts as a constant, as if it were data. The exact gradient of an expectation over y has
-one more term, sum_t KL_t * grad log pi_S(y), which makes responses on which the two disagree less
-likely; the paper leaves it out, as GKD does (arXiv 2306.13649), and so does this file.
+sampled y counts as a constant, as if it were data. The exact gradient has one more term, because
+pi_S also decides which y is sampled: it would make a token less likely where the KL of the tokens
+after it is large. The paper leaves it out, as GKD does (arXiv 2306.13649), and so does this file.
 
-KL_t is a loss, not an advantage. As the advantage of y_t in a policy gradient it would do nothing:
-it depends on y_<t, not on y_t, so E[KL_t * grad log pi_S(y_t)] = KL_t * grad sum_v pi_S(v) = 0.
+KL_t is a loss, not an advantage. Used as the advantage of y_t in a policy gradient, it does nothing
+to that token: it is the same number whatever y_t is, so E[KL_t * grad log pi_S(y_t)] = KL_t * grad
+sum_v pi_S(v) = KL_t * grad 1 = 0. (log pi_T(y_t) - log pi_S(y_t) depends on y_t. As an advantage
+its expected gradient is that of -KL_t: the same direction, with more noise.)
 
 Logits of a batch would be the run's largest tensors; they exist a chunk of tokens at a time
 (rollout.in_chunks). Left out: top-k or sampled-token divergences, several GPUs.
@@ -76,7 +79,7 @@ def get_args():
     add("--min-lr-ratio", type=share, default=1.0, help="the cosine's end, a share of --lr")
     add("--warmup-steps", type=number(0, kind=int), default=0, help="steps of linear warm-up")
     add("--weight-decay", type=not_negative, default=0.0, help="AdamW's, on weight matrices")
-    add("--grad-clip", type=not_negative, default=1.0, help="largest norm of a gradient")
+    add("--grad-clip", type=number(1e-6), default=1.0, help="largest norm of a gradient")
     add("--max-new-tokens", type=positive, default=192,
         help="where a response is cut off: truncated")
     add("--temperature", type=number(0.01), default=1.0, help="of sampling, and of its log-probs")
@@ -125,7 +128,8 @@ def divergence(student_logits, teacher_logits, kind="reverse", beta=0.5, is_corr
 
 def chunked_divergence(student_hidden, teacher_hidden, student_head, teacher_head, is_correct,
         kind, beta, temperature=1.0):
-    """`divergence` from hidden states (N, H), in chunks -> (N,). Same value, same gradient."""
+    """`divergence` from hidden states (N, H), a chunk of tokens at a time -> (N,). Value and gradient
+    are those of all tokens at once."""
 
     def of_chunk(student_chunk, teacher_chunk, correct_chunk):
         with torch.no_grad():
@@ -199,7 +203,8 @@ def is_kept(rollout, args):
 
 
 def wrong_answer(problem, batch):
-    """A control: the answer of the next problem in the batch that has another; or else 0 or 1."""
+    """A control: another problem's answer, of the next one in the batch whose answer differs from
+    this problem's. If all are equal, 0 or 1."""
     start = next(i for i, p in enumerate(batch) if p is problem)
     others = [p.answer for p in batch[start:] + batch[:start]] + ["0", "1"]
     same = verify_batch([f"\\boxed{{{other}}}" for other in others], [problem.answer] * len(others))
@@ -220,8 +225,10 @@ def teacher_prompt(tokenizer, rollout, siblings, batch, args):
         if not correct:
             return None
         context, shown = "solution", correct[0].text.rpartition("</think>")[2].strip()
-    else:  # concise shows no text, none not even an instruction
-        context, shown = None if context == "none" else context, ""
+    else:  # concise is an instruction alone; none is the student's own prompt
+        shown = ""
+        if context == "none":
+            context = None
     return render_prompt(tokenizer, problem, context, shown, args.thinking)
 
 
@@ -241,7 +248,8 @@ def sample_rollouts(sampler, problems, state, args):
     With --match-budget, batches are added until batch_size * group_size are kept. Moves
     state["cursor"], the position in the data, which seeds the sampler too.
     """
-    rollouts, kept, budget = [], [], args.batch_size * args.group_size
+    rollouts, kept = [], []
+    budget = args.batch_size * args.group_size
     for _ in range(1 + (args.max_refills if args.match_budget else 0)):
         batch = draw(problems, state["cursor"], args.batch_size, args.seed)
         prompts = [render_prompt(sampler.tokenizer, p, thinking=args.thinking) for p in batch]
@@ -266,17 +274,18 @@ def update_teacher(step, teacher, student, args):
     """The teacher's weights after `step` updates of the student, changed in place.
 
     --teacher frozen: they stay. refresh: they become a copy of the student's, at every
-    args.refresh_every-th step. ema: T <- d T + (1 - d) S at every step, d = args.ema_decay.
+    args.refresh_every-th step. ema: at every step, with d = args.ema_decay,
+    teacher <- d * teacher + (1 - d) * student.
     """
     if args.teacher == "refresh" and step % args.refresh_every == 0:
         teacher.load_state_dict(student.state_dict())
     if args.teacher == "ema":
-        for ours, theirs in zip(teacher.parameters(), student.parameters()):
-            ours.lerp_(theirs, 1 - args.ema_decay)
+        for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters()):
+            teacher_weight.lerp_(student_weight, 1 - args.ema_decay)
 
 
 # --------------------------------------------------------------------------------------------------
-# The optimizer, and measuring
+# The optimizer, and measuring: the same in all three stages
 
 
 def make_optimizer(model, args):
@@ -289,8 +298,8 @@ def make_optimizer(model, args):
 
 
 def optimizer_step(step, model, optimizer, loss, args):
-    """One update, with linear warm-up and cosine decay, steps from 1 -> metrics. A loss or gradient
-    that is not finite ends the run; nothing of this step is saved."""
+    """One update -> metrics. Linear warm-up, then a cosine down to --min-lr-ratio (1: constant). A
+    loss or gradient that is not finite ends the run, and nothing of this step is saved."""
     decay = (1 + math.cos(math.pi * step / args.steps)) / 2  # from 1 down to 0
     lr = args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * decay)
     lr *= min(1.0, step / max(1, args.warmup_steps))
@@ -307,7 +316,8 @@ def optimizer_step(step, model, optimizer, loss, args):
 
 
 def measure(step, sampler, heldout, args):
-    """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
+    """Accuracy and length on the held-out problems, printed and logged. Every time they are sampled
+    with the same random numbers, so that what changes is the model."""
     rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, thinking=args.thinking)
     row = {f"eval/{name.removeprefix('response/')}": value
@@ -365,16 +375,18 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(student, args)
-    state = {"skipped": 0, "short": 0, **start_run(args, optimizer)}
+    state = start_run(args, optimizer)
+    state.setdefault("skipped", 0)  # steps in which nothing was kept
+    state.setdefault("short", 0)  # steps in which --match-budget was not met
 
-    # The teacher: the weights of step 0, without a gradient.
+    # The teacher: the weights of step 0, which are those of --init. A teacher that moves is saved.
     if args.resume:
         teacher, _ = load_model(args.init, args.device, args.attn_implementation)
     else:
         teacher = copy.deepcopy(student)
-    teacher.requires_grad_(False)
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
+    teacher.requires_grad_(False)
     sampler = make_sampler(student, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
@@ -393,20 +405,14 @@ def run(args):
         if args.match_budget and len(kept) < budget:
             state["short"] += 1
 
-        # Update. The paper's code skips a step in which nothing is kept, and so does this.
-        loss = 0.0
-        if kept:
-            longest = max(kept, key=teacher_length)
-            check_context(student, len(longest.teacher_prompt_ids), len(longest.response_ids),
-                "teacher's prompt")
-            loss = accumulate_gradients(student, teacher, kept, args)
-            metrics |= {"distill/kl": loss} | optimizer_step(step, student, optimizer, loss, args)
-            update_teacher(step, teacher, student, args)
-        else:
-            state["skipped"] += 1
+        # The loss and its gradient, on what is kept.
+        for r in kept:
+            check_context(
+                student, len(r.teacher_prompt_ids), len(r.response_ids), "teacher's prompt")
+        loss = accumulate_gradients(student, teacher, kept, args)
 
-        # Now and then, measure the KL of rollouts that were not kept too. It is the KL by label
-        # that tells most; but there can be ten times as many of them as are trained on.
+        # Now and then measure the KL of the first batch's other rollouts too, with the same weights
+        # and without a gradient. KL by label tells most, but they can be ten times as many.
         last = step == args.steps
         if step == 1 or last or step % args.eval_every == 0:
             others = [r for r in rollouts[:budget]
@@ -415,7 +421,15 @@ def run(args):
                 accumulate_gradients(student, teacher, others, args)
         metrics |= by_label_and_position(rollouts)
 
-        # The sampler gets the new weights before it is used again.
+        # Update. The paper's code skips a step in which nothing is kept, and so does this.
+        if kept:
+            metrics["distill/kl"] = loss
+            metrics |= optimizer_step(step, student, optimizer, loss, args)
+            update_teacher(step, teacher, student, args)
+        else:
+            state["skipped"] += 1
+
+        # The sampler gets the new weights before it is used again (vllm; hf shares them anyway).
         sampler.sync(student)
 
         # Log it.

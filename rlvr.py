@@ -11,15 +11,16 @@ group, and the loss makes its tokens more likely (A > 0) or less likely (A < 0):
     L   = - 1/N sum_i sum_t min(rho A_i, clip(rho, 1 - low, 1 + high) A_i)         grpo_clip_loss
     rho = min(pi(y_t) / pi_old(y_t), cap)
 
-pi_old is the policy that sampled, its log-probs as the sampler gave them; N is the number of tokens
+pi_old is the policy that sampled, its log-probs as the sampler gave them. N is the number of tokens
 of all kept responses. The cap (--ratio-cap) is on by default: for A < 0 nothing else bounds rho.
 
 What differs from the 2024 form, and who proposed it: a higher upper clip, token mean, groups
 without variance dropped (DAPO, arXiv 2503.14476); --no-std and --loss-normalization constant
 (Dr. GRPO, arXiv 2503.20783); no KL term unless asked for.
 
-With one update a batch rho is about 1. Then the loss is near 0 and its gradient is not: watch the
-reward.
+With one update per batch rho is about 1. Then the loss is the mean of -A, near 0 (within 0.1 or so,
+as responses differ in length), and its gradient is -1/N sum A grad log pi(y_t), which is not. So
+the loss says nothing: watch the reward.
 
 Left out: value network, reward model, soft length penalties, asynchronous sampling, several GPUs.
 """
@@ -49,7 +50,7 @@ def get_args():
     add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
         "name:config, name:config:split, or a folder; default: what --init was trained on")
     add("--reward", metavar="MODULE:FUNCTION", default="",
-        help="your (response, gold) -> float, in place of verify.py's 0 or 1; cut off is 0 still")
+        help="your (response, gold) -> float, not verify.py's 0 or 1; what is cut off still gets 0")
     add("--steps", type=positive, default=50, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="prompts a step")
     add("--group-size", type=positive, default=8, help="responses to each prompt, to be compared")
@@ -65,7 +66,7 @@ def get_args():
     add("--clip-high", type=not_negative, default=0.28,
         help="with A > 0, a token whose ratio is over 1 + this gets no gradient; above --clip-low "
         "it lets unlikely tokens grow, so the policy goes on exploring")
-    add("--ratio-cap", type=not_negative, default=3.0,
+    add("--ratio-cap", type=number(1), default=3.0,
         help="cap on policy/sampler ratios, which clipping leaves unbounded at negative advantage")
     add("--loss-normalization", choices=["token", "sequence", "constant"], default="token",
         help="mean over all tokens; of each response's mean; or sum over --max-new-tokens")
@@ -78,7 +79,7 @@ def get_args():
     add("--min-lr-ratio", type=share, default=1.0, help="the cosine's end, a share of --lr")
     add("--warmup-steps", type=number(0, kind=int), default=5, help="steps of linear warm-up")
     add("--weight-decay", type=not_negative, default=0.0, help="AdamW's, on weight matrices")
-    add("--grad-clip", type=not_negative, default=1.0, help="largest norm of a gradient")
+    add("--grad-clip", type=number(1e-6), default=1.0, help="largest norm of a gradient")
     add("--max-new-tokens", type=positive, default=192,
         help="where a response is cut off: truncated")
     add("--temperature", type=number(0.01), default=1.0, help="of sampling, and of its log-probs")
@@ -118,7 +119,8 @@ def grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_h
 def sequence_weights(lengths, normalization, max_new_tokens):
     """What each token of a response weighs in the loss, (B,) from the WHOLE batch's lengths (B,).
 
-    token: 1/N, N all tokens.  sequence: 1/(B |y|).  constant: 1/(B L), length-neutral (Dr. GRPO).
+    token: 1 / all tokens. sequence: 1 / (responses * this response's tokens). constant: 1 /
+    (responses * max_new_tokens), which is neutral to length (Dr. GRPO).
     """
     if normalization == "token":
         return torch.ones_like(lengths) / lengths.sum()
@@ -153,7 +155,9 @@ def accumulate_gradients(model, reference, rollouts, args):
             with torch.no_grad():
                 ref_log_probs, _ = token_log_probs(
                     reference, input_ids, response_mask, args.temperature)
-            kl_ref = k3_kl(policy_log_probs, ref_log_probs)  # KL(policy || reference)
+            # Its value estimates KL(policy || reference). Its gradient, as in GRPO, is that of
+            # KL(reference || policy): k3 is unbiased as a value, not as a loss.
+            kl_ref = k3_kl(policy_log_probs, ref_log_probs)
             token_loss = token_loss + args.kl_coef * kl_ref
             sums["kl/ref"] += kl_ref[response_mask].sum().item()
         loss = (token_loss * response_mask * weights).sum()
@@ -235,7 +239,7 @@ def sample_groups(sampler, problems, state, args, reward_function=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# The optimizer, and measuring
+# The optimizer, and measuring: the same in all three stages
 
 
 def make_optimizer(model, args):
@@ -248,8 +252,8 @@ def make_optimizer(model, args):
 
 
 def optimizer_step(step, model, optimizer, loss, args):
-    """One update, with linear warm-up and cosine decay, steps from 1 -> metrics. A loss or gradient
-    that is not finite ends the run; nothing of this step is saved."""
+    """One update -> metrics. Linear warm-up, then a cosine down to --min-lr-ratio (1: constant). A
+    loss or gradient that is not finite ends the run, and nothing of this step is saved."""
     decay = (1 + math.cos(math.pi * step / args.steps)) / 2  # from 1 down to 0
     lr = args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * decay)
     lr *= min(1.0, step / max(1, args.warmup_steps))
@@ -266,7 +270,8 @@ def optimizer_step(step, model, optimizer, loss, args):
 
 
 def measure(step, sampler, heldout, args):
-    """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
+    """Accuracy and length on the held-out problems, printed and logged. Every time they are sampled
+    with the same random numbers, so that what changes is the model."""
     rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, thinking=args.thinking)
     row = {f"eval/{name.removeprefix('response/')}": value
@@ -316,14 +321,16 @@ def run(args):
         metrics["reward/frac_zero_std"] = frac_zero_std
 
         # Update. Where every group is uniform, nothing is kept and the weights stay as they are.
-        for update in range(args.updates_per_batch if kept else 0):
-            update_metrics = accumulate_gradients(model, reference, kept, args)
-            update_metrics |= optimizer_step(step, model, optimizer, update_metrics["loss"], args)
-            if update == 0:  # on policy: what is logged of a step is its first update
-                metrics |= update_metrics
-            metrics["ratio/clip_frac"] = update_metrics["ratio/clip_frac"]  # but this of its last
+        if kept:
+            metrics |= accumulate_gradients(model, reference, kept, args)
+            metrics |= optimizer_step(step, model, optimizer, metrics["loss"], args)
+            # More updates on the same rollouts are off policy. Only their clipping is logged.
+            for _ in range(args.updates_per_batch - 1):
+                more = accumulate_gradients(model, reference, kept, args)
+                optimizer_step(step, model, optimizer, more["loss"], args)
+                metrics["ratio/clip_frac"] = more["ratio/clip_frac"]
 
-        # The sampler gets the new weights before it is used again.
+        # The sampler gets the new weights before it is used again (vllm; hf shares them anyway).
         sampler.sync(model)
 
         # Log it.

@@ -416,7 +416,7 @@ class HFSampler:
 
         Temperature 0 is greedy. Each rollout has its own stream of uniform numbers, fixed by `seed`
         and its place in the list. So a response does not depend on the rows it is batched with, and
-        two checkpoints sampled with one seed share their luck: their difference is less noisy.
+        two checkpoints sampled with one seed share the numbers: their difference is less noisy.
         """
         check_context(self.model, max(map(len, prompts)), max_new_tokens)
         self.model.eval()
@@ -438,8 +438,8 @@ class HFSampler:
         return rollouts
 
     def rows_that_fit(self, tokens):
-        """Sequences of so many tokens whose keys and values fit what is free on a GPU, twice: a
-        cache that grows is copied. Fewer rows change no rollout."""
+        """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
+        cache that grows is copied, and the rest is room. Fewer rows change no rollout."""
         if self.model.device.type != "cuda":
             return self.max_rows
         config = self.model.config.get_text_config()
@@ -507,7 +507,7 @@ def sample_ids(log_probs, uniforms):
     """Inverse-CDF sampling: the first id whose cumulative probability exceeds u.
 
     log_probs (R, V), uniforms (R,) in [0, 1) -> ids (R,). The sum of p is 1 only up to rounding, so
-    u is scaled by it.
+    u is scaled by it; and the clamp is for a u that rounding puts at the very end.
     """
     cdf = log_probs.double().exp().cumsum(-1)
     ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
@@ -595,7 +595,7 @@ class VLLMSampler:
             self.asleep -= set(needed)
 
     def sync(self, model):
-        """The trainer's weights -> the engine, in place. What it cached of the old ones is void."""
+        """The trainer's weights -> the engine, in place. Its cache is of the old ones: reset."""
         self.wake("weights")
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             weights = [(name, weight.detach()) for name, weight in model.state_dict().items()]
@@ -641,7 +641,7 @@ def label_rollouts(rollouts, problems, tokenizer):
     for i, rollout in enumerate(rollouts):
         rollout.problem = problems[i // group_size]
         if i % group_size == 0:
-            prompt = tokenizer.decode(rollout.prompt_ids)
+            prompt = tokenizer.decode(rollout.prompt_ids)  # once for a group
         rollout.prompt = prompt
         rollout.text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         rollout.label = "truncated"
@@ -711,8 +711,11 @@ def micro_batches(items, size, length=sequence_length):
 def response_hidden_states(model, input_ids, response_mask):
     """The last hidden state where each response token is predicted: (N, H), N response tokens.
 
-    The output at position t predicts token t + 1: this shift stands here and nowhere else. Rows are
-    in the batch's order, so student and teacher align though their prompts differ in width.
+    The output at position t predicts token t + 1. For a prompt x and a response y z:
+        input_ids   x x y z      response_mask   0 0 1 1      states that predict y z   0 1 1 0
+    This shift stands here and nowhere else: everywhere else a token, its mask and its log-prob have
+    the same index. Rows come in the batch's order, response after response, so student and teacher
+    align though their prompts differ in width.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][response_mask[:, 1:]]
@@ -722,15 +725,15 @@ def in_chunks(function, vocab_size, *tensors):
     """Calls `function` on chunks of rows and concatenates what it returns, a tuple of tensors. The
     backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes."""
     size = max(1, MAX_LOGITS // vocab_size)
-    parts = [checkpoint(function, *chunk, use_reentrant=False)
-        for chunk in zip(*(x.split(size) for x in tensors))]
-    return tuple(torch.cat(column) for column in zip(*parts))
+    chunks = zip(*[tensor.split(size) for tensor in tensors])  # the first rows of each, the next
+    results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(parts) for parts in zip(*results))
 
 
 def token_log_probs(model, input_ids, response_mask, temperature=1.0):
     """log pi(token) and the entropy at each response token: two (B, T), 0 outside response_mask.
 
-    The temperature is the sampler's: the T = 1 softmax, for a T = 0.7 sample, is another policy.
+    The temperature is the sampler's: a sample at 0.7, scored at 1, is scored by another policy.
     """
     lm_head = model.get_output_embeddings()
 
@@ -740,16 +743,21 @@ def token_log_probs(model, input_ids, response_mask, temperature=1.0):
         return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
     hidden = response_hidden_states(model, input_ids, response_mask)
-    packed = in_chunks(score, lm_head.out_features, hidden, input_ids[response_mask])
-    zeros = torch.zeros(input_ids.shape, device=input_ids.device)
-    return tuple(zeros.masked_scatter(response_mask, values) for values in packed)
+    log_probs, entropy = in_chunks(
+        score, lm_head.out_features, hidden, input_ids[response_mask])  # (N,) each
+    return scatter(log_probs, response_mask), scatter(entropy, response_mask)
+
+
+def scatter(values, response_mask):
+    """(N,), response after response -> (B, T), each at its token, 0 outside response_mask."""
+    zeros = torch.zeros(response_mask.shape, device=response_mask.device)
+    return zeros.masked_scatter(response_mask, values)
 
 
 def sampler_log_probs(rollouts, response_mask):
     """What the sampler gave each token, in the form of token_log_probs: (B, T), 0 elsewhere."""
     values = [log_prob for rollout in rollouts for log_prob in rollout.log_probs]
-    zeros = torch.zeros(response_mask.shape, device=response_mask.device)
-    return zeros.masked_scatter(response_mask, torch.tensor(values, device=zeros.device))
+    return scatter(torch.tensor(values, device=response_mask.device), response_mask)
 
 
 def k3_kl(p_log_probs, q_log_probs):
@@ -901,7 +909,8 @@ def run_in(out, args):
 
 
 def start_run(args, optimizer):
-    """Makes the folder, or reads back where it stood -> the state to go on from."""
+    """Makes the folder anew. Or, with --resume, fills the optimizer and cuts the logs to the last
+    save -> the state to go on from: step, cursor, and what a stage adds."""
     out = Path(args.out)
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)

@@ -57,7 +57,7 @@ def get_args():
     add("--min-lr-ratio", type=share, default=0.05, help="the cosine's end, a share of --lr")
     add("--warmup-steps", type=number(0, kind=int), default=50, help="steps of linear warm-up")
     add("--weight-decay", type=not_negative, default=0.1, help="AdamW's, on weight matrices")
-    add("--grad-clip", type=not_negative, default=1.0, help="largest norm of a gradient")
+    add("--grad-clip", type=number(1e-6), default=1.0, help="largest norm of a gradient")
     add("--max-new-tokens", type=positive, default=192,
         help="where a response is cut off: truncated")
     add("--temperature", type=number(0.01), default=1.0, help="of sampling, and of its log-probs")
@@ -233,7 +233,7 @@ def new_model(problems, args):
 
 
 # --------------------------------------------------------------------------------------------------
-# The optimizer, and measuring
+# The optimizer, and measuring: the same in all three stages
 
 
 def make_optimizer(model, args):
@@ -246,8 +246,8 @@ def make_optimizer(model, args):
 
 
 def optimizer_step(step, model, optimizer, loss, args):
-    """One update, with linear warm-up and cosine decay, steps from 1 -> metrics. A loss or gradient
-    that is not finite ends the run; nothing of this step is saved."""
+    """One update -> metrics. Linear warm-up, then a cosine down to --min-lr-ratio (1: constant). A
+    loss or gradient that is not finite ends the run, and nothing of this step is saved."""
     decay = (1 + math.cos(math.pi * step / args.steps)) / 2  # from 1 down to 0
     lr = args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * decay)
     lr *= min(1.0, step / max(1, args.warmup_steps))
@@ -264,7 +264,8 @@ def optimizer_step(step, model, optimizer, loss, args):
 
 
 def measure(step, sampler, heldout, args):
-    """Accuracy and length on the same held-out problems with the same luck: printed and logged."""
+    """Accuracy and length on the held-out problems, printed and logged. Every time they are sampled
+    with the same random numbers, so that what changes is the model."""
     rollouts = evaluate(sampler, heldout, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, thinking=args.thinking)
     row = {f"eval/{name.removeprefix('response/')}": value
@@ -290,10 +291,11 @@ def run(args):
     else:
         model, tokenizer = new_model(train, args)
 
-    def length(problem):
+    def total_length(problem):
         return demonstration_length(tokenizer, problem, args)
 
-    train, heldout = fitting(train, model, 0, length), fitting(heldout, model, 0, length)
+    train = fitting(train, model, 0, total_length)
+    heldout = fitting(heldout, model, 0, total_length)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
@@ -307,7 +309,7 @@ def run(args):
     for step in range(state["step"] + 1, args.steps + 1):
         # Examples are built a window at a time: sorted by length, little of a batch is padding.
         window, place = divmod(step - 1, WINDOW)
-        if place == 0 or batches is None:
+        if place == 0 or batches is None:  # a new window, or --resume in the middle of one
             batches = draw_batches(window, model, tokenizer, train, args)
         examples = batches[place]
 
