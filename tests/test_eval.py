@@ -4,14 +4,19 @@ import itertools
 import json
 import math
 import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import encode_by_character, full_log_probs, make_tiny
+from test_chain import base_fixture, run_stage  # noqa: F401  (base_fixture: the pytest fixture base)
 
 import eval as evaluation  # the file is called eval.py, and the name is Python's own
-from rollout import HFSampler, Problem, Rollout, label_rollouts, read_problems, render_prompt, render_response
+from rollout import HFSampler, Problem, Rollout, label_rollouts, read_problems, render_prompt
+from sft import render_response
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)])
@@ -172,38 +177,296 @@ def test_the_gap_is_the_same_weights_with_and_without_the_solution(tokenizer, pr
     assert (student - teacher).abs().max() > 0.01
 
 
-def test_wrap():
-    """Nothing is lost, no line is wider than its column, a token is cut only where it fits no line."""
-    pieces = [("abc", 1), (" de", 0), ("fghijklmnop", 2), ("q\nr", 0), ("", 0), (" st", 0)]
-    lines = evaluation.wrap(pieces, 5)
-    text = ["".join(part for part, _ in line) for line in lines]
-    assert text == ["abc", " de", "fghij", "klmno", "pq", "r st"]
-    assert [colour for _, colour in lines[2]] == [2]
-    rng = random.Random(0)
-    for _ in range(200):
-        words = ["".join(rng.choice("ab \n") for _ in range(rng.randint(1, 9))) for _ in range(9)]
-        width = rng.randint(1, 12)
-        lines = evaluation.wrap([(word, 0) for word in words], width)
-        text = ["".join(part for part, _ in line) for line in lines]
-        assert max(map(len, text)) <= width and "".join(text) == "".join(words).replace("\n", "")
+# ------------------------------------------------------------------------------------------------------------
+# One problem, token by token
 
 
-def test_red_is_what_distillation_would_remove(tokenizer, problems, monkeypatch, capsys):
-    """Colours the wrong way round tell the opposite story. Student .4 .4 .4, teacher .1 .9 .5 on what was said:
-    a quarter, red (41); over twice, green (42); hardly more, none."""
-    said = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("1", "2", "3")]
-    student = torch.full((3, len(tokenizer)), -20.0)
-    teacher = student.clone()
-    for t, (token, p) in enumerate(zip(said, (0.1, 0.9, 0.5))):
-        student[t, token], student[t, 0] = math.log(0.4), math.log(0.6)
-        teacher[t, token], teacher[t, 0] = math.log(p), math.log(1 - p)
-    rollout = Rollout([1], said, [0.0] * 3, False, problems[0], label="truncated")
-    sampler = SimpleNamespace(sync=lambda model: None)
-    for name, value in {"load_model": (None, tokenizer), "make_sampler": sampler, "evaluate": [rollout],
-            "teacher_gap": [student, teacher]}.items():  # fmt: skip
-        monkeypatch.setattr(evaluation, name, lambda *args, value=value, **kwargs: value)
+def toy_gap(tokenizer, student, teacher):
+    """Two lists of {text: probability}, one for each response token -> log-probs (|y|, V) of both. What is
+    left of each row goes to token 0."""
+    log_probs = []
+    for rows in (student, teacher):
+        table = torch.full((len(rows), len(tokenizer)), 1e-12)
+        for row, probabilities in zip(table, rows):
+            for text, p in probabilities.items():
+                row[tokenizer.encode(text, add_special_tokens=False)[0]] = p
+            row[0] = max(1e-12, 1 - sum(probabilities.values()))
+        log_probs.append(table.log())
+    return log_probs
+
+
+@pytest.fixture(name="toy")
+def toy_fixture(tokenizer, problems, monkeypatch):
+    """toy(said, student, teacher) -> args of show_example, which now gets this response and these two."""
+
+    def make(said, student, teacher):
+        ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in said]
+        rollout = Rollout([1], ids, [0.0] * len(ids), False, problems[0], label="truncated")
+        sampler = SimpleNamespace(sync=lambda model: None)
+        returned = {"load_model": (None, tokenizer), "make_sampler": sampler, "evaluate": [rollout],
+            "teacher_gap": toy_gap(tokenizer, student, teacher)}  # fmt: skip
+        for name, value in returned.items():
+            monkeypatch.setattr(evaluation, name, lambda *args, value=value, **kwargs: value)
+        return SimpleNamespace(checkpoints=["x"], device="cpu", sampler="hf", max_new_tokens=3,
+            temperature=1.0, seed=0, thinking=True, html=None, all_tokens=False)  # fmt: skip
+
+    return make
+
+
+def test_the_tokens_of_an_example_by_hand(tokenizer, problems, monkeypatch):
+    """KL the wrong way round looks plausible.
+
+    Student .5 .25 .25, teacher .25 .25 .5: ln 2 * (.5 - .25) = .1733. Student .9 .1, teacher .1 .9:
+    .8 ln 9 = 1.7578. Student .5 .5, teacher .9 .1: .5 ln(.25 / .09) = .5108, the other way round .3681.
+    """
+    student = [{"1": 0.5, "2": 0.25}, {"1": 0.9, "2": 0.1}, {"1": 0.5, "2": 0.5}]
+    teacher = [{"1": 0.25, "2": 0.25}, {"1": 0.1, "2": 0.9}, {"1": 0.9, "2": 0.1}]
+    gap = toy_gap(tokenizer, student, teacher)
+    monkeypatch.setattr(evaluation, "teacher_gap", lambda *args: gap)
+    said = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("1", "2", "1")]
+    rollout = Rollout([1], said, [0.0] * 3, False, problems[0])
+    tokens = evaluation.measure_tokens(None, tokenizer, rollout, thinking=True)
+    assert [token["kl"] for token in tokens] == pytest.approx([0.1733, 1.7578, 0.5108], abs=1e-4)
+    assert [token["student"] for token in tokens] == pytest.approx([0.5, 0.1, 0.5])
+    assert [token["teacher"] for token in tokens] == pytest.approx([0.25, 0.9, 0.9])
+    assert [(token["position"], token["text"]) for token in tokens] == [(0, "1"), (1, "2"), (2, "1")]
+    assert [text for text, _ in tokens[1]["student_top"][:2]] == ["1", "2"]
+    assert [text for text, _ in tokens[1]["teacher_top"][:2]] == ["2", "1"]
+    assert [p for _, p in tokens[1]["teacher_top"][:2]] == pytest.approx([0.9, 0.1])
+    assert all(len(token[name]) == 5 for token in tokens for name in ("student_top", "teacher_top"))
+
+
+def test_red_is_what_distillation_would_remove(toy, problems, monkeypatch, capsys):
+    """Colours the wrong way round tell the opposite story. Student .4 .4 .4, teacher .1 .9 .5 on what was
+    said: a quarter, red (31); over twice, green (32); hardly more, none. In a file, no colour at all."""
+    args = toy("123", [{"1": 0.4}, {"2": 0.4}, {"3": 0.4}], [{"1": 0.1}, {"2": 0.9}, {"3": 0.5}])
+    evaluation.show_example(problems[0], args)
+    assert "\033" not in capsys.readouterr().out
     monkeypatch.setattr(evaluation.sys.stdout, "isatty", lambda: True, raising=False)
-    args = SimpleNamespace(checkpoints=["x"], device="cpu", sampler="hf", max_new_tokens=3, temperature=1.0, seed=0,
-        thinking=True)  # fmt: skip
-    evaluation.print_example(problems[0], args)
-    assert "\033[41m1\033[0m\033[42m2\033[0m3" in capsys.readouterr().out
+    evaluation.show_example(problems[0], args)
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row[:5] for row in rows] == ["\033[31m", "\033[32m", "     "]
+    assert [row.endswith("\033[0m") for row in rows] == [True, True, False]
+
+
+def test_five_tokens_or_all(toy, problems, capsys):
+    """Without --all-tokens: the five of largest KL, in the order said. The student gives each token .5; the
+    teacher, in turn, .4 .1 .5 .2 .3 .01 .02: tokens 0 and 2 are the closest."""
+    said, teacher = "1234567", [0.4, 0.1, 0.5, 0.2, 0.3, 0.01, 0.02]
+    args = toy(said, [{text: 0.5} for text in said], [{text: p} for text, p in zip(said, teacher)])
+
+    def positions():
+        evaluation.show_example(problems[0], args)
+        table = capsys.readouterr().out.split("the teacher would say\n")[1]
+        return [int(row.split()[0]) for row in table.splitlines()]
+
+    assert positions() == [1, 3, 4, 5, 6]
+    args.all_tokens = True
+    assert positions() == list(range(7))
+
+
+def test_columns_lose_nothing(problems, monkeypatch, capsys):
+    """Responses of different length side by side: every word is there, no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", "60")
+    texts = [" ".join(f"{name}{i}" for i in range(count)) for name, count in [("left", 9), ("right", 30)]]
+    texts[0] += "\n\n" + "long" * 20
+    examples = [{"title": "t", "tokens": [{"text": text}]} for text in texts]
+    evaluation.print_responses(problems[0], examples)
+    lines = capsys.readouterr().out.split("answer:")[1].splitlines()[2:]
+    assert max(map(len, lines)) <= 60
+    for k, text in enumerate(texts):
+        column = "".join(line[30 * k : 30 * k + 28] for line in lines)
+        assert "".join(column.split()) == "t" + "".join(text.split())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --html
+
+EVIL = ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(2)>", "</think>"]
+EVIL += ["a  b\nc", " ", "&amp;", "\n\n"]
+TAGS = """html meta title style h1 pre p b span main section h2 div code table tr th td wbr""".split()
+
+
+class Page(HTMLParser):
+    """Reads a page as a browser does: the tags that are there, every token's text without its card."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.text, self.open = [], [], [], "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "div":
+            self.open.append(dict(attrs)["class"])
+            if self.open[-1] == "shade":
+                self.words.append("")
+
+    def handle_endtag(self, tag):
+        if tag == "div":
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] == "shade":
+            self.words[-1] += data
+
+
+def evil_page():
+    tops = [(text, 0.2) for text in EVIL[:5]]
+    tokens = [{"position": t, "text": text, "kl": 0.3 * t, "student": 0.5, "teacher": 0.25,
+        "student_top": tops, "teacher_top": tops[::-1]} for t, text in enumerate(EVIL)]  # fmt: skip
+    example = {"title": EVIL[0], "path": EVIL[1], "tokens": tokens, "mean_kl": 0.5}
+    return evaluation.example_page(Problem(EVIL[0] + "?", EVIL[1], EVIL[2]), [example, example])
+
+
+def test_a_page_escapes_what_a_model_says():
+    """A model, a data set or a folder's name must not write the page: no script, no picture."""
+    page = evil_page()
+    assert "<script" not in page and "<img" not in page and "</think>" not in page
+    read = Page(page)
+    assert set(read.tags) <= set(TAGS)
+    harmless = "lang charset name content class tabindex style colspan".split()
+    assert {name for name, _ in read.attributes} <= set(harmless)
+    assert {value for name, value in read.attributes if name == "class"} == {"shade", "response", "card"}
+    assert all(text in read.text for text in EVIL[:3])  # and yet it can be read
+
+
+def test_a_page_shows_every_token_as_it_is():
+    """Blanks are kept, a line break is one and can be seen, and the card names the token as Python would."""
+    read = Page(evil_page())
+    assert read.words == [text.replace("\n", "↵\n") for text in EVIL] * 2
+    assert all(repr(text) in read.text for text in EVIL)
+    shades = [float(value.removeprefix("--kl:")) for name, value in read.attributes if name == "style"]
+    scale, tokens = [0, 0.5, 1], [0, 0.3, 0.6, 0.9, 1, 1, 1]
+    assert shades == pytest.approx(scale + 2 * tokens)
+    assert read.attributes.count(("tabindex", "0")) == 2 * len(EVIL)  # for keyboards and taps
+
+
+def test_a_page_needs_no_network():
+    """It is opened from a mail, or offline: nothing in it loads anything."""
+    page = evaluation.example_page(Problem("1+1?", "2", "1+1=2."), [])
+    assert not re.search(r"https?:|//|url\(|@import|src=|href=", page)
+
+
+def test_an_example_as_a_page(base):
+    """From the command line: each checkpoint's response, whole, beside what the terminal shows."""
+    flags = "--example --max-new-tokens 12 --data arithmetic --html page.html"
+    status, out, err = run_stage(evaluation, base / "sft", base / "sft", flags)
+    assert status == 0 and "the teacher would say" in out, err
+    words = Page(Path("page.html").read_text(encoding="utf-8")).words
+    assert 2 <= len(words) <= 24 and words[: len(words) // 2] == words[len(words) // 2 :]
+    problem = out.split("problem:  ")[1].split("\n")[0]
+    assert problem in Page(Path("page.html").read_text(encoding="utf-8")).text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --curves
+
+
+def write_run(folder, points, name="metrics.jsonl", eval_problems=128):
+    """A run's folder without a model: a log with training steps between, and its flags."""
+    folder.mkdir(parents=True)
+    rows = [{"step": 1, "loss": 0.5, "lr": 0.1}]
+    rows += [{"step": step, "eval/accuracy": a, "eval/len_mean": n} for step, a, n in points]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "args.json").write_text(json.dumps({"eval_problems": eval_problems}))
+    return folder
+
+
+@pytest.fixture(name="runs")
+def runs_fixture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("load_model", "load_problems", "make_sampler", "evaluate", "require_device"):
+        monkeypatch.setattr(evaluation, name, None)  # a call would raise: curves only read logs
+    return [write_run(tmp_path / "ckpt" / "sft", [(0, 0, 150), (1000, 0.4, 90), (2000, 0.7, 70)]),
+        write_run(tmp_path / "ckpt" / "rlvr", [(0, 0.7, 70), (50, 0.9, 68)])]  # fmt: skip
+
+
+def test_the_curves_are_the_logs(runs, monkeypatch):
+    """Two panels a stage, each with its own steps; percent and tokens; nothing of the training lines."""
+    drawn = []
+    monkeypatch.setattr(evaluation.Figure, "savefig", lambda *args, **more: drawn.append(args))
+    assert run_stage(evaluation, *runs, "--curves c.svg")[0] == 0
+    (figure, path), panels = drawn[0], drawn[0][0].axes
+    assert path == "c.svg" and [panel.get_title() for panel in panels] == ["sft", "rlvr", "", ""]
+    assert [panel.get_ylabel() for panel in panels] == ["accuracy (%)", "", "response length (tokens)", ""]
+    lines = [panel.lines[0].get_xydata().tolist() for panel in panels]
+    assert lines[0] == [[0, 0], [1000, 40], [2000, 70]] and lines[1] == [[0, 70], [50, 90]]
+    assert lines[2] == [[0, 150], [1000, 90], [2000, 70]] and lines[3] == [[0, 70], [50, 68]]
+    assert [panel.texts[0].get_text() for panel in panels] == ["70", "90", "70", "68"]
+    assert "128 held-out problems" in figure.get_supxlabel()
+    assert all(len({panel.lines[0].get_color() for panel in row}) == 1 for row in (panels[:2], panels[2:]))
+    assert panels[0].lines[0].get_color() != panels[2].lines[0].get_color()
+    assert panels[0].get_ylim()[1] > 100 and panels[2].get_ylim()[1] > 150  # nothing is cut off
+
+
+def test_curves_of_runs_measured_on_different_problems(runs, tmp_path, monkeypatch):
+    """The figure must not say 128 of a stage that was measured on 16."""
+    drawn = []
+    monkeypatch.setattr(evaluation.Figure, "savefig", lambda figure, *rest, **more: drawn.append(figure))
+    few = write_run(tmp_path / "few", [(0, 0.5, 9)], eval_problems=16)
+    assert run_stage(evaluation, *runs, few, "--curves c.png")[0] == 0
+    assert "128, 128, 16 held-out problems" in drawn[0].get_supxlabel()
+
+
+def test_the_same_logs_give_the_same_file(runs):
+    """A figure in a repository that changes at every run hides what did change."""
+    for name in ("a.svg", "b.svg", "c.png"):
+        assert run_stage(evaluation, *runs, "--curves", name)[0] == 0
+    svg = Path("a.svg").read_bytes()
+    assert svg == Path("b.svg").read_bytes() and b"<dc:date>" not in svg
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("log, says", [(None, "metrics.jsonl: no such file"), ("", "eval/accuracy"),
+    ('{"step": 1, "loss": 2.0}\n', "eval/accuracy"), ('{"step": 0, "eval/acc', "not a log")])
+def test_no_curves_without_a_log(runs, tmp_path, log, says):
+    """A checkpoint from elsewhere, a run that has measured nothing yet, a log that was cut off."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    if log is not None:
+        (bare / "metrics.jsonl").write_text(log)
+    status, _, err = run_stage(evaluation, *runs, bare, "--curves c.svg")
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ")
+    assert says in err and "bare" in err
+    assert not Path("c.svg").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+
+REFUSED = {
+    "--temperature nan": "--temperature nan",
+    "--temperature -1": "--temperature -1",
+    "--temperature inf": "--temperature inf",
+    "--seed -1": "--seed -1",
+    "--seed 99999999999999999999": "--seed 9",
+    "--n -1": "--n -1",
+    "--k 0": "--k 0",
+    "--max-new-tokens 0": "--max-new-tokens 0",
+    "--problems 0": "--problems 0",
+    "--vllm-memory nan": "--vllm-memory nan",
+    "--html p.html": "add --example",
+    "--all-tokens": "add --example",
+    "--example --plot f.svg": "--example",
+    "--example --samples s.jsonl": "--example",
+    "--example --shortest s.jsonl": "--example",
+    "--example --curves c.svg": "--example",
+    "--example --html p.html --json r.json": "leave out --json\n",
+    "--curves c.svg --json r.json": "leave out --json\n",
+    "--curves c.svg --html p.html": "--html",
+    "--curves c.pdf": "--curves c.pdf",
+    "--example --html nowhere/p.html": "--html nowhere/p.html",
+    "--json .": "--json .: must name a file",
+}
+
+
+@pytest.mark.parametrize("flags, says", REFUSED.items())
+def test_flags_that_cannot_work(base, monkeypatch, flags, says):
+    """Said in one line, before anything is loaded; nothing is written."""
+    monkeypatch.setattr(evaluation, "load_model", None)  # a call would raise
+    status, _, err = run_stage(evaluation, base / "sft", flags)
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and says in err, err
+    assert not list(Path().iterdir())

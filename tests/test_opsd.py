@@ -23,6 +23,14 @@ TEACHER_PROMPTS = [
 
 
 @pytest.fixture
+def rollouts(rollouts):
+    """The eight rollouts of conftest, each with a prompt for the teacher."""
+    for r, prompt in zip(rollouts, TEACHER_PROMPTS):
+        r.teacher_prompt_ids = prompt
+    return rollouts
+
+
+@pytest.fixture
 def teacher():
     """Other weights than the student's, and free to take a gradient, should one reach it."""
     return make_tiny(seed=1)
@@ -125,7 +133,7 @@ def test_teacher_and_student_meet_at_the_same_token(model, teacher, rollouts, ar
     prompts differ in width: a loss that falls and teaches nothing. Here each row is computed alone, EOS
     included."""
     args = args_of(opsd, "--divergence", kind, "--beta", beta, "--temperature", 0.7)
-    got = opsd.token_divergence(model, teacher, rollouts, TEACHER_PROMPTS, args)
+    got = opsd.token_divergence(model, teacher, rollouts, args)
     expected = []
     for r, prompt in zip(rollouts, TEACHER_PROMPTS):
         s = full_log_probs(model, r.prompt_ids, r.response_ids, 0.7)
@@ -137,8 +145,9 @@ def test_teacher_and_student_meet_at_the_same_token(model, teacher, rollouts, ar
 
 def test_a_teacher_who_reads_the_same_says_the_same(any_model, rollouts, args_of):
     """Same weights, same prompts: any divergence left is a mistake of position, mask or padding."""
-    prompts = [r.prompt_ids for r in rollouts]
-    got = opsd.token_divergence(any_model, copy.deepcopy(any_model), rollouts, prompts, args_of(opsd))
+    for r in rollouts:
+        r.teacher_prompt_ids = r.prompt_ids
+    got = opsd.token_divergence(any_model, copy.deepcopy(any_model), rollouts, args_of(opsd))
     assert got.abs().max() < 1e-9
 
 
@@ -153,12 +162,23 @@ def test_loss_and_gradient_are_those_of_the_formula(model, teacher, rollouts, ar
     loss.backward()
     expected = take_gradient(model)
     args = args_of(opsd, "--divergence", kind, "--beta", beta, "--micro-batch-size", 3)
-    got, measured = opsd.accumulate_gradients(model, teacher, rollouts, TEACHER_PROMPTS, args)
+    got = opsd.accumulate_gradients(model, teacher, rollouts, args)
     assert got == pytest.approx(loss.item(), abs=1e-5)
     assert_same_gradient(take_gradient(model), expected)
-    assert sorted(len(values) for _, values in measured) == [1, 2, 3, 3, 4, 5, 6, 7]
-    assert all(len(values) == len(r.response_ids) for r, values in measured)
-    assert sum(values.mean().item() for _, values in measured) / 8 == pytest.approx(got, abs=1e-5)
+    assert all(r.divergences.shape == (len(r.response_ids),) for r in rollouts)
+    assert sum(r.divergences.mean().item() for r in rollouts) / 8 == pytest.approx(got, abs=1e-5)
+
+
+def test_without_a_gradient_it_only_measures(model, teacher, rollouts, args_of):
+    """opsd.py measures rollouts that it does not train on: a gradient that they leave behind would train on them."""
+    args = args_of(opsd, "--micro-batch-size", 3)
+    loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
+    expected = [r.divergences for r in rollouts]
+    take_gradient(model)
+    with torch.no_grad():
+        assert opsd.accumulate_gradients(model, teacher, rollouts, args) == pytest.approx(loss, abs=1e-6)
+    assert all(torch.allclose(r.divergences, e, atol=1e-6) for r, e in zip(rollouts, expected))
+    assert not take_gradient(model).any()
 
 
 @pytest.mark.parametrize("kind, beta", KINDS)
@@ -167,7 +187,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(model, teacher, rollout
     results = []
     for size in (8, 4, 3, 2, 1):
         args = args_of(opsd, "--divergence", kind, "--beta", beta, "--micro-batch-size", size)
-        loss, _ = opsd.accumulate_gradients(model, teacher, rollouts, TEACHER_PROMPTS, args)
+        loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
         results.append((loss, take_gradient(model)))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)
@@ -178,7 +198,7 @@ def test_no_gradient_reaches_the_teacher(model, teacher, rollouts, args_of):
     """A teacher that is pulled toward the student meets it half-way, where nothing has been learned. With
     --teacher ema or refresh its weights are trainable ones; here they all are."""
     assert all(p.requires_grad for p in teacher.parameters())
-    opsd.accumulate_gradients(model, teacher, rollouts, TEACHER_PROMPTS, args_of(opsd))
+    opsd.accumulate_gradients(model, teacher, rollouts, args_of(opsd))
     assert all(p.grad is None for p in teacher.parameters())
     assert take_gradient(model).abs().max() > 1e-3
 
@@ -186,9 +206,9 @@ def test_no_gradient_reaches_the_teacher(model, teacher, rollouts, args_of):
 def test_a_model_can_be_its_own_teacher(model, rollouts, args_of):
     """The same object on both sides: the gradient is the student's alone, not that of both roles."""
     args, frozen = args_of(opsd), copy.deepcopy(model)
-    loss, _ = opsd.accumulate_gradients(model, frozen, rollouts, TEACHER_PROMPTS, args)
+    loss = opsd.accumulate_gradients(model, frozen, rollouts, args)
     expected = take_gradient(model)
-    again, _ = opsd.accumulate_gradients(model, model, rollouts, TEACHER_PROMPTS, args)
+    again = opsd.accumulate_gradients(model, model, rollouts, args)
     assert again == pytest.approx(loss, abs=1e-6)
     assert_same_gradient(take_gradient(model), expected)
 
@@ -220,10 +240,11 @@ def test_what_is_measured_by_label_and_position():
     Correct: 6 5 | 4 3 | 2 1, mean 3.5. Truncated: 9 | 8 | 7, mean 8. Thirds: 20/3, 15/3, 10/3.
     """
     measured = [
-        (Rollout([], [], [], True, label="correct"), torch.tensor([6.0, 5, 4, 3, 2, 1])),
-        (Rollout([], [], [], False, label="truncated"), torch.tensor([9.0, 8, 7])),
+        Rollout([], [], [], True, label="correct", divergences=torch.tensor([6.0, 5, 4, 3, 2, 1])),
+        Rollout([], [], [], False, label="truncated", divergences=torch.tensor([9.0, 8, 7])),
+        Rollout([], [], [], False, label="incorrect"),  # not measured
     ]
-    assert opsd.split_by_label_and_position(measured) == pytest.approx({
+    assert opsd.by_label_and_position(measured) == pytest.approx({
         "distill/kl_correct": 3.5, "distill/kl_truncated": 8.0,
         "distill/kl_first": 20 / 3, "distill/kl_middle": 5.0, "distill/kl_last": 10 / 3,
     })  # fmt: skip
@@ -272,9 +293,10 @@ def test_only_correct_keeps_the_correct_ones_with_their_own_prompts(tokenizer, a
     state = {"cursor": 0}
     everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, state, args)
     assert len(everything) == 8 and state["cursor"] == 8 and len(sampler.calls) == 1
-    assert {r.problem.answer for r, _ in kept} == {"1", "3", "5", "7"}
-    for r, prompt in everything:
-        n, asked, shown = r.problem.answer, tokenizer.decode(r.prompt_ids), tokenizer.decode(prompt)
+    assert {r.problem.answer for r in kept} == {"1", "3", "5", "7"}
+    for r in everything:
+        n, asked = r.problem.answer, tokenizer.decode(r.prompt_ids)
+        shown = tokenizer.decode(r.teacher_prompt_ids)
         assert f"What is {n}?" in asked and "clearly" not in asked
         assert f"What is {n}?" in shown and f"It is {n}, clearly." in shown
         assert tokenizer.decode(r.response_ids, skip_special_tokens=True) == r.text
@@ -292,10 +314,10 @@ def test_match_budget_samples_until_the_budget_is_met(tokenizer, args_of):
         sampler, state = scripted_sampler(tokenizer, script), {"cursor": 0}
         everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, state, args_of(opsd, *flags, *more))
         assert len(sampler.calls) == batches and len(everything) == state["cursor"] == 4 * batches
-        assert all(r.label == "correct" for r, _ in kept)
-        assert len(kept) == (4 if more else sum(int(r.problem.answer) % 2 for r, _ in everything))
+        assert all(r.label == "correct" for r in kept)
+        assert len(kept) == (4 if more else sum(int(r.problem.answer) % 2 for r in everything))
     assert sampler.calls[0].seed != sampler.calls[1].seed
-    assert len({r.problem.answer for r, _ in kept}) == 4
+    assert len({r.problem.answer for r in kept}) == 4
     hopeless = scripted_sampler(tokenizer, lambda text, j, call: box(99))
     args = args_of(opsd, *flags, "--match-budget", "--max-refills", 3)
     everything, kept = opsd.sample_rollouts(hopeless, PROBLEMS, {"cursor": 0}, args)
@@ -308,7 +330,7 @@ def test_match_budget_never_exceeds_the_budget(tokenizer, args_of):
     args = args_of(opsd, "--only-correct", "--batch-size", 2, "--group-size", 4, "--match-budget")
     everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args)
     assert len(sampler.calls) == 2 and len(everything) == 16 and len(kept) == 8
-    assert len({id(r) for r, _ in kept}) == 8
+    assert len({id(r) for r in kept}) == 8
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -331,7 +353,8 @@ def teacher_prompts(tokenizer, args, script, problems=PROBLEMS):
 def test_the_teacher_is_shown_the_context(tokenizer, args_of, context, shown):
     """A context that is dropped on the way is the control with no context, under another name."""
     args = args_of(opsd, "--context", context, "--batch-size", 8)
-    for r, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99)):
+    for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99)):
+        prompt = r.teacher_prompt_ids
         text = tokenizer.decode(prompt)
         assert shown.format(r.problem.answer) in text and text.startswith(f"<|user|>{r.problem.problem}")
         assert text.endswith("<|assistant|>") and prompt[-1] == r.prompt_ids[-1]  # both are asked in one way
@@ -342,21 +365,21 @@ def test_a_wrong_answer_is_never_the_gold(tokenizer, args_of):
     """A control that sometimes shows the right answer controls for nothing. Here many share an answer."""
     problems = [Problem(f"What is {n}?", str(n // 3)) for n in range(8)]
     args = args_of(opsd, "--context", "wrong-answer", "--batch-size", 8)
-    for r, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
-        shown = tokenizer.decode(prompt).split("The correct answer: ")[1].split("\n")[0]
+    for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
+        shown = tokenizer.decode(r.teacher_prompt_ids).split("The correct answer: ")[1].split("\n")[0]
         assert shown != r.problem.answer and not verify(f"\\boxed{{{shown}}}", r.problem.answer)
     same = [Problem("What is 1?", "5"), Problem("What is 2?", "5")]
     args = args_of(opsd, "--context", "wrong-answer", "--batch-size", 2)
-    for _, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), same):
-        assert "The correct answer: 5\n" not in tokenizer.decode(prompt)
+    for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), same):
+        assert "The correct answer: 5\n" not in tokenizer.decode(r.teacher_prompt_ids)
 
 
 def test_a_wrong_answer_is_not_the_gold_in_other_words(tokenizer, args_of):
     """1/2 and 0.50 are two texts and one answer: compared as texts, the control shows the truth."""
     problems = [Problem(f"What is {a}?", a) for a in ("1/2", "0.50", "\\frac{1}{2}")]
     args = args_of(opsd, "--context", "wrong-answer", "--batch-size", 3)
-    for r, prompt in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
-        shown = tokenizer.decode(prompt).split("The correct answer: ")[1].split("\n")[0]
+    for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
+        shown = tokenizer.decode(r.teacher_prompt_ids).split("The correct answer: ")[1].split("\n")[0]
         assert not verify(f"\\boxed{{{shown}}}", r.problem.answer)
 
 
@@ -373,7 +396,8 @@ def test_a_rollout_is_shown_a_correct_sibling_and_never_itself(tokenizer, args_o
     args = args_of(opsd, "--context", "rollout", "--group-size", 3, "--batch-size", 8)
     everything = teacher_prompts(tokenizer, args, script)
     assert len(everything) == 24
-    for i, (r, prompt) in enumerate(everything):
+    for i, r in enumerate(everything):
+        prompt = r.teacher_prompt_ids
         even, j = int(r.problem.answer) % 2 == 0, i % 3
         expected = (2 if j == 0 else 0) if even else None if j == 1 else 1
         if expected is None:
@@ -383,7 +407,7 @@ def test_a_rollout_is_shown_a_correct_sibling_and_never_itself(tokenizer, args_o
             assert f"sibling {expected}: \\boxed{{{r.problem.answer}}}" in text and text.count("sibling") == 1
             assert "hidden" not in text and r.problem.problem in text
     _, kept = opsd.sample_rollouts(scripted_sampler(tokenizer, script), PROBLEMS, {"cursor": 0}, args)
-    assert len(kept) == 20 and all(prompt is not None for _, prompt in kept)
+    assert len(kept) == 20 and all(r.teacher_prompt_ids is not None for r in kept)
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward", "split"])
@@ -396,11 +420,11 @@ def test_no_context_is_a_no_op(tokenizer, args_of, kind):
     cut = ("<think>1 2 3", False)
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text)) if gold(text) % 2 else cut)
     _, kept = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args)
-    assert [prompt for _, prompt in kept] == [r.prompt_ids for r, _ in kept] and len(kept) == 8
-    loss, _ = opsd.accumulate_gradients(student, copy.deepcopy(student), *zip(*kept), args)
+    assert [r.teacher_prompt_ids for r in kept] == [r.prompt_ids for r in kept] and len(kept) == 8
+    loss = opsd.accumulate_gradients(student, copy.deepcopy(student), kept, args)
     assert abs(loss) < 1e-9 and take_gradient(student).abs().max() < 1e-8
     shown = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args_of(opsd, *flags))[1]
-    loss, _ = opsd.accumulate_gradients(student, copy.deepcopy(student), *zip(*shown), args)
+    loss = opsd.accumulate_gradients(student, copy.deepcopy(student), shown, args)
     assert loss > 1e-3 and take_gradient(student).abs().max() > 1e-3  # and with a context it is not
 
 
@@ -485,7 +509,8 @@ def test_the_teacher_in_a_run(run_opsd, monkeypatch, mode):
 
     def watched(student, teacher, *rest):
         assert not any(p.requires_grad for p in teacher.parameters())
-        seen.append(SimpleNamespace(student=weights(student), teacher=weights(teacher)))
+        if torch.is_grad_enabled():  # without, it measures what was not kept
+            seen.append(SimpleNamespace(student=weights(student), teacher=weights(teacher)))
         return accumulate(student, teacher, *rest)
 
     monkeypatch.setattr(opsd, "accumulate_gradients", watched)

@@ -108,13 +108,13 @@ def test_killed_between_saves(base, luck, monkeypatch, name):
     flags = flags_of(base, name, "parts", steps=4)
     assert run_stage(stage, *flags_of(base, name, "whole", steps=4))[0] == 0
 
-    def die_at_step_3(step, *rest, finish_step=stage.finish_step):
-        if step == 3:
+    def die_after_the_line_of_step_3(path, rows, append_jsonl=rollout.append_jsonl):
+        append_jsonl(path, rows)
+        if path.name == "metrics.jsonl" and rows[0]["step"] == 3:
             raise Killed
-        finish_step(step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "finish_step", die_at_step_3)
+        patch.setattr(stage, "append_jsonl", die_after_the_line_of_step_3)
         with pytest.raises(Killed):
             run_stage(stage, *flags, "--save-every 2")
     assert [row["step"] for row in read_rows("parts/metrics.jsonl")] == [0, 1, 2, 3]
@@ -232,7 +232,7 @@ def test_kill_at_every_point_of_a_save(base, monkeypatch):
         with monkeypatch.context() as patch:
             count = die_at(patch, point)
             try:
-                sft.save_checkpoint(args, model, tokenizer, optimizer, state)
+                rollout.save_checkpoint(args, model, tokenizer, optimizer, state)
                 break
             except Killed:
                 pass

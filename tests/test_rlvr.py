@@ -25,6 +25,12 @@ def on_policy(model, rollouts):
     return rollouts
 
 
+def with_advantages(rollouts, advantages):
+    for r, advantage in zip(rollouts, advantages, strict=True):
+        r.advantage = advantage
+    return rollouts
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Advantages
 
@@ -100,22 +106,6 @@ def test_sequence_weights_by_hand():
     assert weights("constant") == pytest.approx([1 / 30] * 3, abs=1e-7)
 
 
-def test_kl_to_reference_by_hand():
-    """k3 with the ratio upside down is >= 0 too, and it is another divergence.
-
-    ref twice the policy: 2 - 1 - ln 2 = .3068528; half of it: .5 - 1 + ln 2 = .1931472; equal: 0.
-    In expectation over the policy p it is KL(p || q). p = 1/2 1/4 1/4, q = 1/8 3/8 1/2:
-    .5 ln 4 + .25 ln(2/3) + .25 ln(1/2) = .6931472 - .1013663 - .1732868 = .4184941.
-    """
-    policy = torch.tensor([-1.0, -1.0, -1.0])
-    ref = policy + torch.tensor([math.log(2), -math.log(2), 0])
-    assert rlvr.kl_to_reference(policy, ref).tolist() == pytest.approx([0.3068528, 0.1931472, 0], abs=1e-5)
-    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.375, 0.5])
-    assert (p * rlvr.kl_to_reference(p.log(), q.log())).sum().item() == pytest.approx(0.4184941, abs=1e-5)
-    torch.manual_seed(0)
-    assert (rlvr.kl_to_reference(torch.randn(1000), torch.randn(1000)) > -1e-6).all()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # accumulate_gradients
 
@@ -130,7 +120,7 @@ def test_the_loss_on_policy_by_hand(model, on_policy, args_of, normalization):
     expected = {"token": 0.2983871, "constant": 0.115625, "sequence": 0.125}[normalization]
     flags = ["--loss-normalization", normalization, "--max-new-tokens", 10, "--micro-batch-size", 3]
     args = args_of(rlvr, *flags)
-    metrics = rlvr.accumulate_gradients(model, None, on_policy, ADVANTAGES, args)
+    metrics = rlvr.accumulate_gradients(model, None, with_advantages(on_policy, ADVANTAGES), args)
     assert metrics["loss"] == pytest.approx(-expected, abs=1e-5)
     assert metrics["kl/sample_train"] == pytest.approx(0, abs=1e-6) and metrics["ratio/clip_frac"] == 0
     entropies = [full_log_probs(model, r.prompt_ids, r.response_ids) for r in on_policy]
@@ -159,7 +149,7 @@ def test_loss_and_gradient_are_those_of_the_formula(any_model, rollouts, args_of
     loss = plain_rlvr_loss(any_model, rollouts, args)
     loss.backward()
     expected = take_gradient(any_model)
-    metrics = rlvr.accumulate_gradients(any_model, None, rollouts, ADVANTAGES, args)
+    metrics = rlvr.accumulate_gradients(any_model, None, with_advantages(rollouts, ADVANTAGES), args)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert 0 < metrics["ratio/clip_frac"] < 1 and metrics["kl/sample_train"] > 0.1
     assert_same_gradient(take_gradient(any_model), expected)
@@ -172,7 +162,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(model, rollouts, args_o
     for size in (8, 4, 3, 2, 1):
         flags = ["--loss-normalization", normalization, "--micro-batch-size", size, "--kl-coef", 0.3]
         args = args_of(rlvr, *flags)
-        metrics = rlvr.accumulate_gradients(model, reference, rollouts, ADVANTAGES, args)
+        metrics = rlvr.accumulate_gradients(model, reference, with_advantages(rollouts, ADVANTAGES), args)
         results.append((metrics, take_gradient(model)))
     for metrics, gradient in results[1:]:
         assert metrics == pytest.approx(results[0][0], abs=1e-5)
@@ -186,7 +176,7 @@ def test_one_step_raises_what_was_rewarded_and_lowers_the_other(model, args_of):
         r.log_probs = plain_log_probs(model, r.prompt_ids, r.response_ids).tolist()
     before = [sum(r.log_probs) for r in said]
     advantages = rlvr.compute_group_normalized_rewards(torch.tensor([0.0, 1.0]), 2).tolist()
-    rlvr.accumulate_gradients(model, None, said, advantages, args_of(rlvr))
+    rlvr.accumulate_gradients(model, None, with_advantages(said, advantages), args_of(rlvr))
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     after = [plain_log_probs(model, r.prompt_ids, r.response_ids).sum().item() for r in said]
     assert after[0] < before[0] - 1e-3 and after[1] > before[1] + 1e-3
@@ -198,7 +188,7 @@ def test_what_was_sampled_has_a_ratio_of_one(model, args_of, temperature):
     sampler = HFSampler(model, SimpleNamespace(eos_token_id=EOS))
     said = sampler.generate([[3, 4, 5], [6], [7, 8]], 4, max_new_tokens=12, temperature=temperature)
     args = args_of(rlvr, "--temperature", temperature)
-    metrics = rlvr.accumulate_gradients(model, None, said, [1.0] * 12, args)
+    metrics = rlvr.accumulate_gradients(model, None, with_advantages(said, [1.0] * 12), args)
     assert metrics["kl/sample_train"] == pytest.approx(0, abs=1e-7) and metrics["ratio/clip_frac"] == 0
     assert metrics["loss"] == pytest.approx(-1, abs=1e-5)
 
@@ -213,12 +203,12 @@ def test_the_kl_term_by_hand(model, on_policy, args_of):
     mean.backward()
     take_gradient(reference)
     expected = 0.5 * take_gradient(model)
-    metrics = rlvr.accumulate_gradients(model, reference, on_policy, [0.0] * 8, args)  # the KL alone
+    metrics = rlvr.accumulate_gradients(model, reference, with_advantages(on_policy, [0.0] * 8), args)  # the KL alone
     assert metrics["kl/ref"] == pytest.approx(mean.item(), rel=1e-4)
     assert metrics["loss"] == pytest.approx(0.5 * mean.item(), rel=1e-4)
     assert_same_gradient(take_gradient(model), expected)
     assert all(p.grad is None or not p.grad.any() for p in reference.parameters())
-    metrics = rlvr.accumulate_gradients(model, copy.deepcopy(model), on_policy, [0.0] * 8, args)
+    metrics = rlvr.accumulate_gradients(model, copy.deepcopy(model), with_advantages(on_policy, [0.0] * 8), args)
     assert metrics["kl/ref"] == metrics["loss"] == pytest.approx(0, abs=1e-6)
 
 
@@ -248,16 +238,16 @@ def test_a_reward_goes_to_the_completion_that_earned_it(tokenizer, args_of):
     """
     script = lambda text, j, call: box(gold(text) if j == gold(text) % 4 else 99)  # noqa: E731
     sampler = scripted_sampler(tokenizer, script)
-    everything, kept, advantages, groups = sample_groups(sampler, args_of(rlvr, *FLAGS))
-    assert len(everything) == len(kept) == len(advantages) == 32 and groups == 8
-    for r, a in zip(kept, advantages):
+    everything, kept, uniform = sample_groups(sampler, args_of(rlvr, *FLAGS))
+    assert len(everything) == len(kept) == 32 and uniform == 0
+    for r in kept:
         right = r.text == box(int(r.problem.answer))
         assert r.label == ("correct" if right else "incorrect")
-        assert a == pytest.approx(1.7320508 if right else -0.5773503, abs=1e-5)
+        assert r.advantage == pytest.approx(1.7320508 if right else -0.5773503, abs=1e-5)
         assert tokenizer.decode(r.prompt_ids).startswith(f"<|user|>{r.problem.problem}")
     assert {r.problem.problem for r in kept} == {p.problem for p in PROBLEMS}
-    _, kept, advantages, _ = sample_groups(sampler, args_of(rlvr, "--no-std", *FLAGS))
-    assert {(r.label, a) for r, a in zip(kept, advantages)} == {("correct", 0.75), ("incorrect", -0.25)}
+    _, kept, _ = sample_groups(sampler, args_of(rlvr, "--no-std", *FLAGS))
+    assert {(r.label, r.advantage) for r in kept} == {("correct", 0.75), ("incorrect", -0.25)}
 
 
 def test_a_users_reward_is_asked_of_finished_responses_only():
@@ -273,7 +263,7 @@ def test_a_users_reward_is_asked_of_finished_responses_only():
 def test_sampled_ids_reach_the_trainer_as_they_are(tokenizer, args_of):
     """Decoded and encoded again, a response may be split into other tokens than those that were sampled."""
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text)) if j else box(99))
-    _, kept, _, _ = sample_groups(sampler, args_of(rlvr, *FLAGS))
+    _, kept, _ = sample_groups(sampler, args_of(rlvr, *FLAGS))
     for r in kept:
         again = tokenizer.encode(r.text, add_special_tokens=False)
         assert r.response_ids[:-1] != again and len(r.log_probs) == len(r.response_ids)
@@ -291,8 +281,8 @@ def test_groups_without_variance_are_dropped(tokenizer, args_of):
         return box(n if n < 3 or n > 5 and j else 99)
 
     sampler, state = scripted_sampler(tokenizer, script), {"cursor": 0}
-    everything, kept, advantages, groups = rlvr.sample_groups(sampler, PROBLEMS, state, args_of(rlvr, *FLAGS))
-    assert len(everything) == 32 and groups == 2 and len(kept) == len(advantages) == 8
+    everything, kept, uniform = rlvr.sample_groups(sampler, PROBLEMS, state, args_of(rlvr, *FLAGS))
+    assert len(everything) == 32 and uniform == 6 / 8 and len(kept) == 8
     assert {r.problem.answer for r in kept} == {"6", "7"}
     assert len(sampler.calls) == 1 and state["cursor"] == 8
 
@@ -300,8 +290,8 @@ def test_groups_without_variance_are_dropped(tokenizer, args_of):
 def test_all_groups_without_variance_is_nothing_to_train_on(tokenizer, args_of):
     """An empty batch must come out as empty, and not as a division by its size."""
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(99))
-    everything, kept, advantages, groups = sample_groups(sampler, args_of(rlvr, *FLAGS))
-    assert len(everything) == 32 and (kept, advantages, groups) == ([], [], 0)
+    everything, kept, uniform = sample_groups(sampler, args_of(rlvr, *FLAGS))
+    assert len(everything) == 32 and kept == [] and uniform == 1
 
 
 def test_refill_replaces_dropped_groups_and_stops_in_time(tokenizer, args_of):
@@ -313,24 +303,25 @@ def test_refill_replaces_dropped_groups_and_stops_in_time(tokenizer, args_of):
     script = lambda text, j, call: box(gold(text) if j and gold(text) % 2 else 99)  # noqa: E731
     sampler = scripted_sampler(tokenizer, script)
     args, state = args_of(rlvr, "--batch-size", 4, "--group-size", 2, "--refill", 5), {"cursor": 0}
-    everything, kept, advantages, groups = rlvr.sample_groups(sampler, PROBLEMS, state, args)
+    everything, kept, uniform = rlvr.sample_groups(sampler, PROBLEMS, state, args)
     assert len(sampler.calls) == 2 and state["cursor"] == 8 and len(everything) == 16
-    assert groups == 4 and len(kept) == len(advantages) == 8
+    assert uniform == 4 / 8 and len(kept) == 8
     assert sorted({r.problem.answer for r in kept}) == ["1", "3", "5", "7"]
     assert sampler.calls[0].seed != sampler.calls[1].seed
     hopeless = scripted_sampler(tokenizer, lambda text, j, call: box(99))
-    everything, kept, _, groups = sample_groups(hopeless, args)
-    assert len(hopeless.calls) == 6 and len(everything) == 48 and not kept and groups == 0
+    everything, kept, uniform = sample_groups(hopeless, args)
+    assert len(hopeless.calls) == 6 and len(everything) == 48 and not kept and uniform == 1
 
 
 def test_refill_never_exceeds_the_batch(tokenizer, args_of):
-    """Three groups, then more than one: the fourth fills the batch, and what is over is not trained on."""
+    """Three groups, then more than one: the fourth fills the batch, and what is over is not trained on. But a good
+    group that is over is not a uniform one: of 8 groups 1 is (a count of what was left out gave 4)."""
     dull = rollout.draw(PROBLEMS, 0, 1, seed=0)[0].problem  # of the first batch; the other seven groups vary
     script = lambda text, j, call: box(gold(text) if j and text != dull else 99)  # noqa: E731
     sampler = scripted_sampler(tokenizer, script)
     args = args_of(rlvr, "--batch-size", 4, "--group-size", 2, "--refill", 3)
-    everything, kept, _, groups = sample_groups(sampler, args)
-    assert len(everything) == 16 and groups == 4 and len(kept) == 8
+    everything, kept, uniform = sample_groups(sampler, args)
+    assert len(everything) == 16 and len(kept) == 8 and uniform == 1 / 8
 
 
 def test_truncated_is_penalised_or_masked(tokenizer, args_of):
@@ -342,10 +333,10 @@ def test_truncated_is_penalised_or_masked(tokenizer, args_of):
     for choice, labels in [("penalize", 32), ("mask", 24)]:
         sampler = scripted_sampler(tokenizer, say)
         args = args_of(rlvr, *FLAGS, "--truncated", choice)
-        everything, kept, advantages, groups = sample_groups(sampler, args)
-        assert groups == 8 and len(everything) == 32 and len(kept) == labels
-        for r, a in zip(kept, advantages):
-            assert a == pytest.approx(1.7320508 if r.label == "correct" else -0.5773503, abs=1e-5)
+        everything, kept, uniform = sample_groups(sampler, args)
+        assert uniform == 0 and len(everything) == 32 and len(kept) == labels
+        for r in kept:
+            assert r.advantage == pytest.approx(1.7320508 if r.label == "correct" else -0.5773503, abs=1e-5)
         assert any(r.label == "truncated" for r in kept) == (choice == "penalize")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from conftest import CONTEXT, EOS, VOCAB, encode_by_character, full_log_probs, m
 from transformers.cache_utils import DynamicLayer
 
 import rollout
+import sft
 from rollout import HFSampler, Problem, Rollout
 from verify import verify
 
@@ -70,7 +72,7 @@ def test_demonstrations_end_in_a_box_and_the_privileged_ones_are_right():
     for _ in range(400):
         problem = rollout.make_arithmetic(rng)
         for privileged in (True, False):
-            text = rollout.demonstrate_arithmetic(problem, rng, privileged)
+            text = sft.demonstrate_arithmetic(problem, rng, privileged)
             assert re.fullmatch(r"<think>[^<>]+</think>\\boxed\{\d+\}", text)
             right[privileged] += verify(text, problem.answer)
             length[privileged] += len(text)
@@ -85,7 +87,7 @@ def test_without_thinking_nobody_checks():
     for _ in range(400):
         problem = rollout.make_arithmetic(rng)
         for privileged in (True, False):
-            text = rollout.demonstrate_arithmetic(problem, rng, privileged, think=False)
+            text = sft.demonstrate_arithmetic(problem, rng, privileged, think=False)
             assert re.fullmatch(r"(\d+[-+*]\d+=\d+\. )+\\boxed\{\d+\}", text)
             right[privileged] += verify(text, problem.answer)
     assert right[True] == 400 and 160 < right[False] < 320  # 0.85 to the power of 2 to 5: 0.57
@@ -501,14 +503,24 @@ def test_token_log_probs_are_the_plain_ones(any_model, rollouts, temperature):
 def test_gradient_checkpointing_recomputes(model, rollouts):
     """Asked for in eval mode it does nothing, silently, and memory is as before: a layer runs twice."""
     runs = []
+    model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(model.training))
     input_ids, response_mask = rollout.collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
     rollout.token_log_probs(model, input_ids, response_mask)[0].sum().backward()
     assert runs == [True, True]
-    with torch.no_grad():
-        rollout.token_log_probs(model, input_ids, response_mask)
-    assert runs == [True, True, False]
+
+
+def test_a_loaded_model_has_no_dropout_in_train_mode(tokenizer, tmp_path):
+    """Its sampler has none: with dropout the policy that is trained is not the one that sampled. GPT-2 has three
+    kinds of it."""
+    saved = make_tiny("gpt2", vocab_size=len(tokenizer), dropout=0.1)
+    saved.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, _ = rollout.load_model(str(tmp_path / "model"))
+    batch = rollout.collate([[3, 4, 5]], [[6, 7, 8, 9]])
+    expected = rollout.token_log_probs(model, *batch)[0]
+    assert torch.equal(rollout.token_log_probs(model.train(), *batch)[0], expected)
 
 
 def test_rows_that_fit_a_gpu(model, monkeypatch):
@@ -557,3 +569,27 @@ def test_a_response_without_tokens_is_no_nan(model):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     alone, _ = rollout.token_log_probs(model, *rollout.collate([[3, 4]], [[]]))
     assert not alone.any()
+
+
+def test_k3_by_hand():
+    """k3 with the ratio upside down is >= 0 too, and it is another divergence.
+
+    q twice p: 2 - 1 - ln 2 = .3068528; half of it: .5 - 1 + ln 2 = .1931472; equal: 0.
+    In expectation over p it is KL(p || q). p = 1/2 1/4 1/4, q = 1/8 3/8 1/2:
+    .5 ln 4 + .25 ln(2/3) + .25 ln(1/2) = .6931472 - .1013663 - .1732868 = .4184941.
+    """
+    p = torch.tensor([-1.0, -1.0, -1.0])
+    q = p + torch.tensor([math.log(2), -math.log(2), 0])
+    assert rollout.k3_kl(p, q).tolist() == pytest.approx([0.3068528, 0.1931472, 0], abs=1e-5)
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.375, 0.5])
+    assert (p * rollout.k3_kl(p.log(), q.log())).sum().item() == pytest.approx(0.4184941, abs=1e-5)
+    torch.manual_seed(0)
+    assert (rollout.k3_kl(torch.randn(1000), torch.randn(1000)) > -1e-6).all()
+
+
+def test_the_samplers_log_probs_stand_where_the_trainers_do(rollouts):
+    """Old log-probs of another token or row make every ratio wrong, and no metric says so."""
+    _, mask = rollout.collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    got = rollout.sampler_log_probs(rollouts, mask)
+    for r, row, row_mask in zip(rollouts, got, mask):
+        assert row[row_mask].tolist() == pytest.approx(r.log_probs) and not row[~row_mask].any()

@@ -1,7 +1,6 @@
 """sft.py: the likelihood of demonstrations, which tokens it counts, and the order of the data."""
 
 import copy
-import itertools
 import random
 
 import pytest
@@ -11,11 +10,13 @@ from conftest import EOS, assert_same_gradient, make_tiny, plain_log_probs, scri
 import opsd
 import rollout
 import sft
+from rollout import sequence_length
+from sft import Example
 
 
 @pytest.fixture
 def examples(rollouts):
-    return [(r.prompt_ids, r.response_ids) for r in rollouts]
+    return [Example(r.prompt_ids, r.response_ids) for r in rollouts]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -47,8 +48,8 @@ def test_the_loss_of_a_model_that_knows_nothing_is_ln_24(model, examples):
 def test_loss_and_gradient_are_those_of_the_formula(any_model, examples):
     """L = -1/N sum log pi(y_t | x, y_<t), one example at a time: finds prompt tokens in the loss, a lost
     shift, a mean of means, EOS left out (here EOS is the pad id)."""
-    n = sum(len(response) for _, response in examples)
-    loss = -sum(plain_log_probs(any_model, *example).sum() for example in examples) / n
+    n = sum(len(e.response_ids) for e in examples)
+    loss = -sum(plain_log_probs(any_model, e.prompt_ids, e.response_ids).sum() for e in examples) / n
     loss.backward()
     expected = take_gradient(any_model)
     assert sft.accumulate_gradients(any_model, examples, 8) == pytest.approx(loss.item(), abs=1e-5)
@@ -69,11 +70,11 @@ def test_a_response_without_eos_and_one_without_tokens(model, examples):
 
     (x, y) with an empty neighbour has the gradient of (x, y) alone, for it adds no token to N.
     """
-    cut = ([3, 4, 5], [6, 7])
+    cut = Example([3, 4, 5], [6, 7])
     loss = sft.accumulate_gradients(model, [cut], 8)
     expected = take_gradient(model)
-    assert loss == pytest.approx(-plain_log_probs(model, *cut).mean().item(), abs=1e-5)
-    beside_an_empty_one = sft.accumulate_gradients(model, [cut, ([8, 9, 1, 2, 3, 4], [])], 8)
+    assert loss == pytest.approx(-plain_log_probs(model, cut.prompt_ids, cut.response_ids).mean().item(), abs=1e-5)
+    beside_an_empty_one = sft.accumulate_gradients(model, [cut, Example([8, 9, 1, 2, 3, 4], [])], 8)
     assert beside_an_empty_one == pytest.approx(loss, abs=1e-5)
     assert_same_gradient(take_gradient(model), expected)
 
@@ -81,8 +82,8 @@ def test_a_response_without_eos_and_one_without_tokens(model, examples):
 @pytest.mark.parametrize("size", [1, 2])
 def test_training_teaches_to_stop(model, size):
     """With EOS outside the mask all else is learned and no response ever ends. EOS is the pad id here."""
-    examples = [([3, 4], [6, 7, EOS]), ([5], [8, EOS])]
-    p_stop = lambda: plain_log_probs(model, *examples[0])[-1].exp().item()  # noqa: E731
+    examples = [Example([3, 4], [6, 7, EOS]), Example([5], [8, EOS])]
+    p_stop = lambda: plain_log_probs(model, [3, 4], [6, 7, EOS])[-1].exp().item()  # noqa: E731
     before, optimizer = p_stop(), torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(20):
         sft.accumulate_gradients(model, examples, size)
@@ -103,8 +104,9 @@ def test_an_example_ends_in_eos_and_eos_is_trained(tokenizer, problems, args_of,
         tokenizer.pad_token = tokenizer.eos_token
     args = args_of(sft)
     examples = [sft.build_example(tokenizer, p, random.Random(i), args) for i, p in enumerate(problems)]
-    input_ids, response_mask = rollout.collate(*zip(*examples))
-    for (prompt, response), row, mask in zip(examples, input_ids, response_mask):
+    pairs = [(e.prompt_ids, e.response_ids) for e in examples]
+    input_ids, response_mask = rollout.collate(*zip(*pairs))
+    for (prompt, response), row, mask in zip(pairs, input_ids, response_mask):
         assert response[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in response[:-1]
         assert row[mask].tolist() == response
         assert row[: len(prompt)].tolist() == prompt and mask.nonzero()[0] == len(prompt)
@@ -115,8 +117,9 @@ def test_an_example_is_what_sampling_will_see(tokenizer, problems, args_of):
     tokenizer, is trained on and never met again."""
     args = args_of(sft, "--privileged-frac", 0)
     for problem in problems:
-        prompt, response = sft.build_example(tokenizer, problem, random.Random(0), args)
-        assert prompt == rollout.render_prompt(tokenizer, problem)
+        example = sft.build_example(tokenizer, problem, random.Random(0), args)
+        response = example.response_ids
+        assert example.prompt_ids == rollout.render_prompt(tokenizer, problem)
         text = tokenizer.decode(response, skip_special_tokens=True)
         assert text.startswith("<think>") and text[-1] == "}"
         assert response[:-1] == tokenizer.encode(text, add_special_tokens=False)
@@ -127,38 +130,47 @@ def test_the_privileged_prompt_is_the_one_opsds_teacher_reads(tokenizer, problem
     args, opsd_args = args_of(sft, "--privileged-frac", 1), args_of(opsd, "--batch-size", len(problems))
     sampler = scripted_sampler(tokenizer, lambda text, j, call: "\\boxed{1}")
     everything, _ = opsd.sample_rollouts(sampler, problems, {"cursor": 0}, opsd_args)
-    for r, teacher_prompt in everything:
-        prompt, _ = sft.build_example(tokenizer, r.problem, random.Random(0), args)
-        assert prompt == teacher_prompt != r.prompt_ids
+    for r in everything:
+        example = sft.build_example(tokenizer, r.problem, random.Random(0), args)
+        assert example.prompt_ids == r.teacher_prompt_ids != r.prompt_ids
 
 
 def test_an_example_of_your_own_data_is_its_solution(tokenizer, args_of, write_jsonl):
     """The world's demonstrations must not leak into other data: there the solution is what is taught."""
     path = write_jsonl([{"problem": "1/3 + 1/6?", "answer": "1/2", "solution": "2/6 + 1/6."}])
     args = args_of(sft, "--data", path, "--privileged-frac", 0)
-    _, response = sft.build_example(tokenizer, rollout.read_problems(path)[0], random.Random(0), args)
-    assert tokenizer.decode(response) == "<think>2/6 + 1/6.</think>\\boxed{1/2}<|end|>"
+    example = sft.build_example(tokenizer, rollout.read_problems(path)[0], random.Random(0), args)
+    assert tokenizer.decode(example.response_ids) == "<think>2/6 + 1/6.</think>\\boxed{1/2}<|end|>"
 
 
-def test_batches_can_be_entered_at_any_step(tokenizer, world, args_of):
-    """A data loader that starts anew on --resume trains twice on the same and never on the rest. 32 batches
-    make a window; steps 30 to 36 lie on both sides of its edge."""
-    args = args_of(sft, "--batch-size", 2)
-    model = make_tiny(context=1024)
-    stream = lambda step: sft.batches(step, model, tokenizer, world[0][:50], args)  # noqa: E731
-    whole = list(itertools.islice(stream(0), 37))
-    for step in (0, 5, 30, 32, 36):
-        assert list(itertools.islice(stream(step), 37 - step)) == whole[step:]
-    assert all(len(batch) == 2 for batch in whole)
+def test_batches_depend_on_the_seed_and_the_window_alone(tokenizer, world, args_of):
+    """A data loader that starts anew on --resume trains twice on the same and never on the rest."""
+    args, model = args_of(sft, "--batch-size", 2), make_tiny(context=1024)
+    drawn = [sft.draw_batches(window, model, tokenizer, world[0][:50], args) for window in (0, 1, 2)]
+    assert sft.draw_batches(1, model, tokenizer, world[0][:50], args) == drawn[1]
+    assert drawn[0] != drawn[1] and drawn[1] != drawn[2]
+    assert all(len(batches) == sft.WINDOW and all(len(batch) == 2 for batch in batches) for batches in drawn)
+    args.seed = 1
+    assert sft.draw_batches(1, model, tokenizer, world[0][:50], args) != drawn[1]
 
 
 def test_batches_show_every_problem_once_an_epoch(tokenizer, world, args_of):
     """Sorted by length and cut, a window can lose its remainder: the longest problems, every time."""
     args = args_of(sft, "--batch-size", 2, "--privileged-frac", 0)
     some = list({p.problem: p for p in world[0]}.values())[:64]  # one window of 32 batches is one epoch
-    batches = list(itertools.islice(sft.batches(0, make_tiny(context=1024), tokenizer, some, args), 32))
-    seen = sorted(prompt for batch in batches for prompt, _ in batch)
+    batches = sft.draw_batches(0, make_tiny(context=1024), tokenizer, some, args)
+    seen = sorted(example.prompt_ids for batch in batches for example in batch)
     assert seen == sorted(rollout.render_prompt(tokenizer, p) for p in some)
+
+
+def test_a_batch_is_of_like_length(tokenizer, world, args_of):
+    """Drawn as they come, short and long ones share a batch, and half of what is computed is padding. And sorted
+    over the whole run, the first steps would see only short ones."""
+    args = args_of(sft, "--batch-size", 8)
+    batches = sft.draw_batches(0, make_tiny(context=1024), tokenizer, world[0], args)
+    spans = [(min(map(sequence_length, b)), max(map(sequence_length, b))) for b in batches]
+    assert sum(high - low for low, high in spans) / len(spans) < 0.2 * max(high for _, high in spans)
+    assert spans != sorted(spans)
 
 
 def test_a_new_model_knows_its_tokenizers_special_tokens(args_of, world):
@@ -168,53 +180,3 @@ def test_a_new_model_knows_its_tokenizers_special_tokens(args_of, world):
     assert rollout.HFSampler(model, tokenizer).stop_ids == {tokenizer.eos_token_id}
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.encode("<think></think>")}) == 4
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The optimizer step (the same, word for word, in all stages)
-
-
-def test_the_learning_rate_by_hand(model, args_of):
-    """An off-by-one makes the first step's rate 0, or the last one's.
-
-    10 steps, 2 of them warm-up, down to 0.1. Step 1: (.1 + .9 (1 + cos .1 pi)/2) / 2 = .4889877.
-    Step 5: .1 + .9/2 = .55. Step 10: .1.
-    """
-    args = args_of(sft, "--steps", 10, "--lr", 1, "--min-lr-ratio", 0.1, "--warmup-steps", 2)
-    for step, expected in [(1, 0.4889877), (5, 0.55), (10, 0.1)]:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        metrics = sft.optimizer_step(step, model, optimizer, 1.0, args)
-        assert metrics["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_step_clips_the_gradient_and_clears_it(model, examples, args_of):
-    """A gradient that is carried over is momentum nobody asked for; unclipped, one batch can rule."""
-    args = args_of(sft, "--lr", 1, "--min-lr-ratio", 1, "--warmup-steps", 0, "--grad-clip", 0.1)
-    before = torch.cat([p.detach().view(-1).clone() for p in model.parameters()])
-    sft.accumulate_gradients(model, examples, 8)
-    metrics = sft.optimizer_step(1, model, torch.optim.SGD(model.parameters(), lr=1.0), 1.0, args)
-    after = torch.cat([p.detach().view(-1) for p in model.parameters()])
-    assert (after - before).norm().item() == pytest.approx(0.1, abs=1e-5)  # SGD at rate 1: the clipped norm
-    assert metrics["grad_norm"] > 0.1  # what is logged is the norm before
-    assert not take_gradient(model).any()
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(model, examples, args_of, fails_with):
-    """One NaN in the weights, saved over the last good checkpoint, and the run is lost."""
-    args = args_of(sft)
-    before = copy.deepcopy(model.state_dict())
-    optimizer = sft.make_optimizer(model, args)
-    sft.accumulate_gradients(model, examples, 8)
-    fails_with(lambda: sft.optimizer_step(7, model, optimizer, float("nan"), args), "step 7", "not finite")
-    next(model.parameters()).grad[0, 0] = float("inf")
-    fails_with(lambda: sft.optimizer_step(7, model, optimizer, 1.0, args), "step 7", "not finite")
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_weight_decay_is_for_matrices(args_of):
-    """Decay on the gains of norms pulls them to 0, away from where they start, which is 1."""
-    model = make_tiny()
-    decayed, spared = sft.make_optimizer(model, args_of(sft, "--weight-decay", 0.1)).param_groups
-    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))

@@ -35,7 +35,8 @@ SYNC = """
 import json, sys
 from types import SimpleNamespace
 import torch
-from rollout import Problem, collate, make_model, make_sampler, make_tokenizer, render_prompt, token_log_probs
+from rollout import Problem, collate, make_sampler, render_prompt, token_log_probs
+from sft import make_model, make_tokenizer
 
 tokenizer = make_tokenizer(["What is 1+1? It is 2. <|user|> Reason step by step"] * 9, vocab_size=320)
 model = make_model(tokenizer, seed=0).to("cuda" if torch.cuda.is_available() else "cpu").eval()
