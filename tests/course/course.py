@@ -40,6 +40,7 @@ EXERCISES = {  # number -> file, function
     12: ("opsd.py", "is_kept"),
     13: ("opsd.py", "update_teacher"),
 }
+HELPERS = {11: [("opsd.py", "kl_divergence")]}  # part of a solution, so blanked with it
 TESTS = "python -m pytest tests/course/test_exercises.py -k exercise_"
 BLANK = f'    raise NotImplementedError("exercise {{0}}: {TESTS}{{0}}_")\n'
 
@@ -82,6 +83,11 @@ def replace_body(path, function, new):
     path.write_text("".join([*lines[:body], new, *lines[end:]]), encoding="utf-8")
 
 
+def functions_of(numbers):
+    """-> (number, file, function) of each function that these exercises blank."""
+    return [(n, *pair) for n in numbers for pair in [EXERCISES[n], *HELPERS.get(n, [])]]
+
+
 def blank_or_restore(action, numbers):
     """blank, restore or list: prints a line for each exercise."""
     saved = ROOT / ".solutions" / "blanked.json"
@@ -89,26 +95,25 @@ def blank_or_restore(action, numbers):
     if action == "restore" and not solutions:
         fail(f"nothing to restore: {saved.relative_to(ROOT)} is not there")
     kept = saved.parent / "replaced.jsonl"
-    for number in numbers:
-        name, function = EXERCISES[number]
+    for number, name, function in functions_of(numbers):
         body = body_of(ROOT / name, function)
         blank = BLANK.format(number)
         if action == "blank" and body != blank:
-            if solutions.get(str(number), body) != body:
+            if solutions.get(function, body) != body:
                 fail(
                     f"exercise {number} was blanked before, and {function} holds other work now: `restore` "
                     "first"
                 )
-            solutions[str(number)] = body
+            solutions[function] = body
             saved.parent.mkdir(exist_ok=True)
             saved.write_text(json.dumps(solutions, indent=1) + "\n")  # before the body goes
             replace_body(ROOT / name, function, blank)
-        if action == "restore" and str(number) in solutions:
-            if body not in (blank, solutions[str(number)]):
+        if action == "restore" and function in solutions:
+            if body not in (blank, solutions[function]):
                 with open(kept, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"exercise": number, "body": body}) + "\n")
+                    file.write(json.dumps({"exercise": number, "function": function, "body": body}) + "\n")
                 print(f"exercise {number}: what stood there is kept in {kept.relative_to(ROOT)}")
-            replace_body(ROOT / name, function, solutions.pop(str(number)))
+            replace_body(ROOT / name, function, solutions.pop(function))
             saved.write_text(json.dumps(solutions, indent=1) + "\n")
         state = "blank" if body_of(ROOT / name, function) == blank else "filled in"
         print(f"exercise {number}: {name} {function}: {state}")
@@ -148,8 +153,7 @@ def handout(folder, numbers):
                 shutil.copytree(made / name, folder / "ckpt" / name, ignore=without)
         except OSError as error:
             fail(f"{folder}: cannot be written: {error}")
-    for number in numbers:
-        name, function = EXERCISES[number]
+    for number, name, function in functions_of(numbers):
         replace_body(folder / name, function, BLANK.format(number))
     for page in PAGES:
         text = (folder / page).read_text(encoding="utf-8")

@@ -53,16 +53,15 @@ def failures(number):
 
 @pytest.fixture
 def write_body(monkeypatch):
-    """write_body(number, body) gives the exercise's function this body, in its module, for this test."""
+    """write_body(file, function, body) gives the function this body, in its module, for this test."""
 
-    def write(number, body):
-        name, function = course.EXERCISES[number]
+    def write(name, function, body):
         module = importlib.import_module(name.rpartition("/")[2].removesuffix(".py"))
         text = (ROOT / name).read_text()
         first, start, _ = course.find_function(text, function)
         head = "".join(text.splitlines(keepends=True)[first:start])
         monkeypatch.setattr(module, function, getattr(module, function))  # put back at the end
-        exec(compile(head + body, f"exercise {number}", "exec"), module.__dict__)
+        exec(compile(head + body, name, "exec"), module.__dict__)
 
     return write
 
@@ -70,11 +69,13 @@ def write_body(monkeypatch):
 @pytest.mark.parametrize("number", course.EXERCISES)
 def test_a_blank_fails_and_says_how_to_go_on(number, write_body):
     """Every test of the exercise fails, each because of the blank; with the solution back, each passes."""
-    write_body(number, course.BLANK.format(number))
+    for _, name, function in course.functions_of([number]):
+        write_body(name, function, course.BLANK.format(number))
     raised, count = failures(number)
     assert count and len(raised) == count
     assert {str(error) for error in raised} == {f"exercise {number}: {course.TESTS}{number}_"}
-    write_body(number, course.body_of(ROOT / course.EXERCISES[number][0], course.EXERCISES[number][1]))
+    for _, name, function in course.functions_of([number]):
+        write_body(name, function, course.body_of(ROOT / name, function))
     assert failures(number) == ([], count)
 
 
@@ -334,7 +335,8 @@ MISTAKES = {  # exercise -> what goes wrong: a body that looks right
 def test_a_plausible_mistake_fails(number, mistake, write_body):
     """A test that passes whatever is written teaches nobody. Each mistake is seen by at least one test: not
     by an error of ours (a name or a syntax that is not there), but by what the function does."""
-    write_body(number, textwrap.indent(textwrap.dedent(MISTAKES[number][mistake]).strip(), "    ") + "\n")
+    body = textwrap.indent(textwrap.dedent(MISTAKES[number][mistake]).strip(), "    ") + "\n"
+    write_body(*course.EXERCISES[number], body)
     raised, _ = failures(number)
     assert raised
     ours = [error for error in raised if isinstance(error, (NameError, SyntaxError, NotImplementedError))]
@@ -355,12 +357,13 @@ def test_every_exercise_has_mistakes_tests_and_an_adapter():
 @pytest.mark.parametrize("number", course.EXERCISES)
 def test_a_blank_keeps_its_specification(number):
     """The docstring that remains names every flag that the function must obey."""
-    name, function = course.EXERCISES[number]
-    node = next(x for x in ast.parse((ROOT / name).read_text()).body if getattr(x, "name", "") == function)
-    flags = set(re.findall(r"\bargs\.(\w+)", ast.unparse(node)))
-    documented = (ast.get_docstring(node) or "").replace("-", "_")
-    assert len(documented) > 60
-    assert not {flag for flag in flags if flag not in documented}
+    for _, name, function in course.functions_of([number]):
+        nodes = ast.parse((ROOT / name).read_text()).body
+        node = next(x for x in nodes if getattr(x, "name", "") == function)
+        flags = set(re.findall(r"\bargs\.(\w+)", course.body_of(ROOT / name, function)))
+        documented = (ast.get_docstring(node) or "").replace("-", "_")
+        assert len(documented) > 60
+        assert not {flag for flag in flags if flag not in documented}
 
 
 @pytest.mark.parametrize("name", weak_verifier.WEAK)
@@ -401,12 +404,13 @@ def copy(tmp_path):
 
 def test_blank_and_restore_to_the_byte(copy):
     """What was blanked is restored as it was; a second blank is harmless, and a student's work is kept."""
+    everything = course.functions_of(course.EXERCISES)
     before = {path: path.read_bytes() for path in copy.rglob("*.py")}
     kit = "tests/course/course.py"
     for _ in range(2):
         status, out, err = run(copy, kit, "blank")
-        assert status == 0 and out.count(": blank") == len(course.EXERCISES), err
-    for number, (name, function) in course.EXERCISES.items():
+        assert status == 0 and out.count(": blank") == len(everything), err
+    for number, name, function in everything:
         assert course.body_of(copy / name, function) == course.BLANK.format(number)
     course.replace_body(copy / "rlvr.py", "sequence_weights", "    return lengths\n")
     status, _, err = run(copy, kit, "blank", "9")
@@ -415,7 +419,7 @@ def test_blank_and_restore_to_the_byte(copy):
     assert {path: path.read_bytes() for path in copy.rglob("*.py")} == before
     assert "return lengths" in (copy / ".solutions" / "replaced.jsonl").read_text()
     assert run(copy, kit, "blank", "9", "12")[1].count(": blank") == 2
-    assert run(copy, kit, "list")[1].count(": filled in") == len(course.EXERCISES) - 2
+    assert run(copy, kit, "list")[1].count(": filled in") == len(everything) - 2
 
 
 def test_bad_use_is_one_line(copy):
@@ -490,13 +494,13 @@ def test_handout_holds_what_it_should(handed_out):
 def test_handout_leaks_no_solution(number, handed_out):
     """No line of a solution stands in any file of the handout, and no piece of one, under other names, in
     its code."""
-    name, function = course.EXERCISES[number]
-    assert course.body_of(handed_out / name, function) == course.BLANK.format(number)
-    body = course.body_of(ROOT / name, function)
-    lines = {line.split("  # ")[0].strip().rstrip(",") for line in body.splitlines()}
+    lines, pieces = set(), {}
+    for _, name, function in course.functions_of([number]):
+        assert course.body_of(handed_out / name, function) == course.BLANK.format(number)
+        body = course.body_of(ROOT / name, function)
+        lines |= {line.split("  # ")[0].strip().rstrip(",") for line in body.splitlines()}
+        pieces |= shapes(f"def f():\n{body}")
     lines = {line for line in lines if len(line) >= 24}
-    pieces = shapes(textwrap.dedent(body).replace("return ", "_ = "))
-    pieces |= shapes(f"def f():\n{body}")
     for path in handed_out.rglob("*"):
         if path.suffix in (".py", ".md", ".txt"):
             text = path.read_text()
@@ -532,7 +536,7 @@ def test_handout_fails_for_students_as_it_should(handed_out, tmp_path):
     for number, count in counts.items():
         blank = f"NotImplementedError: exercise {number}: {course.TESTS}{number}_"
         assert len(re.findall(rf"(?m)^\S+\.py:\d+: {blank}$", out)) == count, out
-    for name, function in course.EXERCISES.values():
+    for _, name, function in course.functions_of(course.EXERCISES):
         course.replace_body(folder / name, function, course.body_of(ROOT / name, function))
     _, out, _ = run(folder, *flags)
     assert f"{total} passed" in out.splitlines()[-1] and "failed" not in out.splitlines()[-1], out
