@@ -36,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from rollout import check_context, collate, evaluate, fail, load_model, load_problems
-from rollout import make_sampler, read_problems, render_prompt, require_checkpoint, require_device
-from rollout import response_hidden_states, sample_row, trained_with
+from rollout import check_context, collate, evaluate, fail, load_model, load_problems, make_sampler
+from rollout import not_negative, positive, read_problems, render_prompt, require_checkpoint
+from rollout import require_device, response_hidden_states, sample_row, seed_number, share
+from rollout import trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -58,15 +59,16 @@ def get_args():
     add("--thinking", action=argparse.BooleanOptionalAction, default=None,
         help="as in the stages; without it as the first checkpoint was trained")
     add("--train", action="store_true", help="problems of the training part, not held-out ones")
-    add("--problems", type=int, help="how many at most; without it 400, or all of --data FILE")
-    add("--n", type=int, default=4, help="responses to each problem")
-    add("--k", type=int, help="of pass@k; without it --n")
-    add("--max-new-tokens", type=int, default=192, help="a response is cut off (truncated) here")
-    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")
-    add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
+    add("--problems", type=positive, help="how many at most; without it 400, or all of --data FILE")
+    add("--n", type=positive, default=4, help="responses to each problem")
+    add("--k", type=positive, help="of pass@k; without it --n")
+    add("--max-new-tokens", type=positive, default=192,
+        help="where a response is cut off: truncated")
+    add("--temperature", type=not_negative, default=1.0, help="of sampling; 0 is greedy")
+    add("--seed", type=seed_number, default=0, help="of sampling and of the bootstrap")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--sampler", choices=["hf", "vllm"], default="hf", help="as in the stages")
-    add("--vllm-memory", type=float, default=0.35, help="as in the stages")
+    add("--vllm-memory", type=share, default=0.35, help="as in the stages")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --sampler vllm")
     add("--json", metavar="FILE", help="write the figures as json")
     add("--plot", metavar="FILE", help="draw accuracy against length, .svg or .png")
@@ -80,6 +82,7 @@ def get_args():
         "another problem")
     add("--all-tokens", action="store_true", help="with --example: every token, not the top five")
     add("--html", metavar="FILE", help="with --example: write it as a page to point at")
+    parser.error = fail  # one line, without the usage
     args = parser.parse_args()
     args.k = args.n if args.k is None else args.k
     check_flags(args)
@@ -91,11 +94,7 @@ def get_args():
 
 
 def check_flags(args):
-    """Refuses numbers and files that cannot work, and flags that this run would not heed."""
-    for name in ("problems", "n", "k", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    """Refuses files that cannot be written, and flags that this run would not heed."""
     given = []  # the flags that name a file to write
     for name in ("json", "plot", "samples", "shortest", "curves", "html"):
         path = getattr(args, name)
@@ -108,12 +107,6 @@ def check_flags(args):
         given.append(f"--{name}")
     if args.k > args.n:
         fail(f"--k {args.k}: pass@k needs k responses to each problem; raise --n (now {args.n})")
-    if not 0 <= args.temperature < math.inf:  # false for nan, too
-        fail(f"--temperature {args.temperature}: must be 0 (greedy) or a positive number")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed}: must be from 0 to 2**32 - 1")
-    if not 0 < args.vllm_memory <= 1:
-        fail(f"--vllm-memory {args.vllm_memory}: must be a share of the GPU, above 0 and up to 1")
     if args.train and args.data not in (None, "arithmetic"):
         fail("--train goes with the data of the checkpoints; --data is used whole")
     not_html = [flag for flag in given if flag != "--html"]

@@ -34,12 +34,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import Interrupt, add_run_flags, append_jsonl, at_least, check_context, collate, draw
-from rollout import evaluate, fail, fitting, in_chunks, k3_kl, label_rollouts, load_model
-from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative
-from rollout import parse_args, positive, render_prompt, require_solutions, response_hidden_states
-from rollout import run_in, sampler_log_probs, save_checkpoint, start_run, summarize
-from rollout import token_log_probs
+from rollout import Interrupt, add_run_flags, append_jsonl, check_context, collate, draw, evaluate
+from rollout import fail, fitting, in_chunks, k3_kl, label_rollouts, load_model, load_problems
+from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
+from rollout import positive, render_prompt, require_solutions, response_hidden_states, run_in
+from rollout import sampler_log_probs, save_checkpoint, share, start_run, summarize, token_log_probs
 from verify import verify_batch
 
 
@@ -65,7 +64,7 @@ def get_args():
     add("--teacher", choices=["frozen", "refresh", "ema"], default="frozen",
         help="weights of --init; the student's, every --refresh-every steps; their moving average")
     add("--refresh-every", type=positive, default=50, help="steps between refreshes of the teacher")
-    add("--ema-decay", type=not_negative, default=0.999, help="of --teacher ema")
+    add("--ema-decay", type=share, default=0.999, help="of --teacher ema")
     add("--steps", type=positive, default=40, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="prompts a step")
     add("--group-size", type=positive, default=1, help="rollouts of each prompt")
@@ -74,13 +73,13 @@ def get_args():
     add("--max-refills", type=positive, default=20, help="batches --match-budget may add to a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
     add("--lr", type=not_negative, default=2e-4, help="learning rate of AdamW, at its peak")
-    add("--min-lr-ratio", type=not_negative, default=1.0, help="the cosine's end, a share of --lr")
-    add("--warmup-steps", type=at_least(0, int), default=0, help="steps of linear warm-up")
+    add("--min-lr-ratio", type=share, default=1.0, help="the cosine's end, a share of --lr")
+    add("--warmup-steps", type=number(0, kind=int), default=0, help="steps of linear warm-up")
     add("--weight-decay", type=not_negative, default=0.0, help="AdamW's, on weight matrices")
     add("--grad-clip", type=not_negative, default=1.0, help="largest norm of a gradient")
     add("--max-new-tokens", type=positive, default=192,
         help="where a response is cut off: truncated")
-    add("--temperature", type=at_least(0.01), default=1.0, help="of sampling, and of its log-probs")
+    add("--temperature", type=number(0.01), default=1.0, help="of sampling, and of its log-probs")
     add("--eval-every", type=positive, default=20, help="steps between two measurements")
     add("--save-every", type=positive, default=20, help="steps between two saves")
     add_run_flags(parser)

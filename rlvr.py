@@ -33,11 +33,10 @@ from pathlib import Path
 
 import torch
 
-from rollout import Interrupt, add_run_flags, append_jsonl, at_least, collate, draw, evaluate, fail
-from rollout import fitting, k3_kl, label_rollouts, load_model, load_problems, log_samples
-from rollout import make_sampler, micro_batches, not_negative, parse_args, positive, render_prompt
-from rollout import run_in, sampler_log_probs, save_checkpoint, start_run, summarize
-from rollout import token_log_probs
+from rollout import Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate, fail, fitting
+from rollout import k3_kl, label_rollouts, load_model, load_problems, log_samples, make_sampler
+from rollout import micro_batches, not_negative, number, parse_args, positive, render_prompt, run_in
+from rollout import sampler_log_probs, save_checkpoint, share, start_run, summarize, token_log_probs
 
 
 def get_args():
@@ -54,7 +53,7 @@ def get_args():
     add("--steps", type=positive, default=50, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="prompts a step")
     add("--group-size", type=positive, default=8, help="responses to each prompt, to be compared")
-    add("--refill", type=at_least(0, int), default=0,
+    add("--refill", type=number(0, kind=int), default=0,
         help="up to so many fresh batches a step to replace groups without variance")
     add("--truncated", choices=["penalize", "mask"], default="penalize",
         help="a response that is cut off gets reward 0; mask: its tokens get no gradient either, "
@@ -76,13 +75,13 @@ def get_args():
         help="updates on a batch, each on the whole of it; 1 is on-policy")
     add("--micro-batch-size", type=positive, default=64, help="sequences at a time; memory only")
     add("--lr", type=not_negative, default=1e-4, help="learning rate of AdamW, at its peak")
-    add("--min-lr-ratio", type=not_negative, default=1.0, help="the cosine's end, a share of --lr")
-    add("--warmup-steps", type=at_least(0, int), default=5, help="steps of linear warm-up")
+    add("--min-lr-ratio", type=share, default=1.0, help="the cosine's end, a share of --lr")
+    add("--warmup-steps", type=number(0, kind=int), default=5, help="steps of linear warm-up")
     add("--weight-decay", type=not_negative, default=0.0, help="AdamW's, on weight matrices")
     add("--grad-clip", type=not_negative, default=1.0, help="largest norm of a gradient")
     add("--max-new-tokens", type=positive, default=192,
         help="where a response is cut off: truncated")
-    add("--temperature", type=at_least(0.01), default=1.0, help="of sampling, and of its log-probs")
+    add("--temperature", type=number(0.01), default=1.0, help="of sampling, and of its log-probs")
     add("--eval-every", type=positive, default=25, help="steps between two measurements")
     add("--save-every", type=positive, default=25, help="steps between two saves")
     add_run_flags(parser)

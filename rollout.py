@@ -763,18 +763,19 @@ def k3_kl(p_log_probs, q_log_probs):
 # A run and its folder: flags, resume, lock, logs, saves, Ctrl-C
 
 
-def at_least(low, kind=float):
-    """An argparse type: a finite number of this kind, `low` or more."""
+def number(low, high=math.inf, kind=float):
+    """An argparse type: a finite number of this kind, from `low` to `high`."""
     def read(text):
-        value = kind(text)  # for a ValueError argparse has its own message
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        value = kind(text)  # argparse has its own message for a ValueError
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return value
-    read.__name__ = "whole number" if kind is int else "number"  # as argparse's message names it
+    read.__name__ = "whole number" if kind is int else "number"  # argparse's message says it
     return read
 
 
-positive, not_negative = at_least(1, int), at_least(0)
+positive, not_negative, share = number(1, kind=int), number(0), number(0, 1)
+seed_number = number(0, 2**32 - 1, int)
 
 
 def add_run_flags(parser):
@@ -784,7 +785,7 @@ def add_run_flags(parser):
         "problem=Question,answer=Gold,solution=Steps")
     add("--thinking", action=argparse.BooleanOptionalAction, help="what is asked of chat templates "
         "that know thinking and not thinking; default: as --init was trained, or thinking")
-    add("--seed", type=int, default=0, help="of data order, sampling, and a new model's weights")
+    add("--seed", type=seed_number, default=0, help="of data order, sampling, and a new model's weights")
     add("--eval-problems", type=positive, default=128, help="held-out problems to measure on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, mps")
@@ -795,7 +796,7 @@ def add_run_flags(parser):
         help="keep no activations, compute them again in the backward pass: less memory, slower")
     add("--sampler", choices=["hf", "vllm"], default="hf",
         help="what samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
-    add("--vllm-memory", type=not_negative, default=0.35, help="share of the GPU's memory for vLLM")
+    add("--vllm-memory", type=share, default=0.35, help="share of the GPU's memory for vLLM")
     add("--resume", action="store_true", help="go on from --out, with its own flags")
     add("--stop-after", type=positive, help="save and stop after so many steps")
     add("--overwrite", action="store_true", help="delete what --out holds and start anew")
@@ -804,9 +805,9 @@ def add_run_flags(parser):
 def read_json(path):
     """The object in a small file; {} where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        fail(f"{path}: damaged, not whole JSON ({error}): restore it from a copy")
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        fail(f"{path}: damaged, not a whole JSON object ({error}): restore it from a copy")
 
 
 def trained_with(init):
@@ -818,6 +819,7 @@ def trained_with(init):
 
 def parse_args(parser):
     """The flags; with --resume the saved ones, with which any given must agree."""
+    parser.error = fail  # one line, without the usage
     args = parser.parse_args()
     out = Path(args.out)
     recover_checkpoint(out)
@@ -862,23 +864,31 @@ def saved_args(parser, out):
 
 
 @contextlib.contextmanager
-def run_in(out, args):
-    """Around a run: no other one in its folder, --dtype, and one line for a full GPU or disk."""
-    lock = Path(f"{out}.lock")  # the system frees it when this process ends, however it ends
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "w") as file:
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"{out}: another run is at work in this folder: let it end, or name another "
-                    "with --out")
-            # cache_enabled=False: autocast would keep bfloat16 copies of weights updated since.
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16,
-                    args.dtype == "bfloat16", cache_enabled=False):
-                yield
+def only_run_in(folder):
+    """One run a folder. The system drops the lock when this process ends, however it ends."""
+    lock = Path(f"{folder}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{folder}: another run is at work there: let it end, or name another --out")
+        try:
+            yield
+        finally:
             lock.unlink()
+
+
+@contextlib.contextmanager
+def run_in(out, args):
+    """Around a run: its folder locked, --dtype in force, and one line for a full GPU or disk."""
+    # cache_enabled=False: autocast would keep bfloat16 copies of weights that are updated since.
+    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16,
+        args.dtype == "bfloat16", cache_enabled=False)
+    try:
+        with only_run_in(out), autocast:
+            yield
     except torch.OutOfMemoryError:
         fail(f"out of memory on {args.device}: --resume goes on from the last save, also with "
             f"a lower --micro-batch-size (now {args.micro_batch_size}) or with "

@@ -32,11 +32,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rollout import APPLY, INSTRUCTION, PRIVILEGED, Interrupt, add_run_flags, append_jsonl, at_least
+from rollout import APPLY, INSTRUCTION, PRIVILEGED, Interrupt, add_run_flags, append_jsonl
 from rollout import check_context, collate, draw, evaluate, fail, fitting, load_model, load_problems
-from rollout import log_samples, make_sampler, micro_batches, not_negative, parse_args, positive
-from rollout import render_prompt, require_solutions, run_in, save_checkpoint, sequence_length
-from rollout import start_run, summarize, token_log_probs
+from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
+from rollout import positive, render_prompt, require_solutions, run_in, save_checkpoint
+from rollout import sequence_length, share, start_run, summarize, token_log_probs
 
 
 def get_args():
@@ -48,19 +48,19 @@ def get_args():
     add("--out", default="ckpt/sft", help="the folder of this run: checkpoint, flags, logs")
     add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
         "name:config, name:config:split, or a folder; default: what --init was trained on")
-    add("--privileged-frac", type=not_negative, default=0.25,
+    add("--privileged-frac", type=share, default=0.25,
         help="share of demonstrations with the solution in the prompt")
     add("--steps", type=positive, default=2000, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="demonstrations a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
     add("--lr", type=not_negative, default=5e-3, help="learning rate of AdamW, at its peak")
-    add("--min-lr-ratio", type=not_negative, default=0.05, help="the cosine's end, a share of --lr")
-    add("--warmup-steps", type=at_least(0, int), default=50, help="steps of linear warm-up")
+    add("--min-lr-ratio", type=share, default=0.05, help="the cosine's end, a share of --lr")
+    add("--warmup-steps", type=number(0, kind=int), default=50, help="steps of linear warm-up")
     add("--weight-decay", type=not_negative, default=0.1, help="AdamW's, on weight matrices")
     add("--grad-clip", type=not_negative, default=1.0, help="largest norm of a gradient")
     add("--max-new-tokens", type=positive, default=192,
         help="where a response is cut off: truncated")
-    add("--temperature", type=at_least(0.01), default=1.0, help="of sampling, and of its log-probs")
+    add("--temperature", type=number(0.01), default=1.0, help="of sampling, and of its log-probs")
     add("--eval-every", type=positive, default=500, help="steps between two measurements")
     add("--save-every", type=positive, default=500, help="steps between two saves")
     add_run_flags(parser)

@@ -417,6 +417,15 @@ def test_opsd_options(base, luck, flags):
     assert all(row["distill/kl"] > 0 for row in rows)
 
 
+def test_what_is_not_kept_is_measured_now_and_then(base, luck, monkeypatch):
+    """There can be ten times as many of them as are trained on. At step 1, every --eval-every steps and at the last
+    one their KL is in the log; at other steps only that of the kept."""
+    rows, _ = train(opsd, base, "--only-correct --eval-every 3 --batch-size 8", steps=5)
+    measured = ["distill/kl_incorrect" in row or "distill/kl_truncated" in row for row in rows]
+    assert measured == [True, False, True, False, True]
+    assert all("distill/kl_correct" in row for row in rows)
+
+
 def test_opsd_without_context_is_a_no_op(base, luck):
     """A teacher that sees what the student sees is the student: the first divergence is 0, unless
     the two sides disagree by a token, a mask or a chat template."""

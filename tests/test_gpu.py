@@ -1,5 +1,6 @@
-"""On a CUDA device: what a CPU cannot show. (Written without one at hand: not run yet.)"""
+"""On a CUDA device: what a CPU cannot show. Not run yet."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,13 @@ def test_sampler_and_trainer_agree(tokenizer, problems, dtype, gap):
 
 
 def test_a_full_gpu_says_what_to_lower(tmp_path):
-    """CUDA's own out-of-memory error, not a stand-in: one line, exit status 2."""
-    flags = "--steps 1 --batch-size 200000 --micro-batch-size 200000 --eval-problems 8 --device cuda --out run"
-    done = subprocess.run([sys.executable, ROOT / "sft.py", *flags.split()], cwd=tmp_path, capture_output=True,
-        text=True)  # fmt: skip
+    """CUDA's own out-of-memory error, not a stand-in: one line, exit status 2. The process may use a thousandth of
+    the memory, which is full at the first steps."""
+    code = ("import sys, torch; torch.cuda.set_per_process_memory_fraction(0.001); import sft; "
+        "sys.argv[1:] = '--steps 2 --batch-size 512 --micro-batch-size 512 --eval-problems 8 --out run'.split(); "
+        "sft.main()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out of memory on cuda")
 
 

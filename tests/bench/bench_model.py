@@ -55,7 +55,8 @@ def main():
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, cache_enabled=False):
         rollouts, rate, mfu = timed(lambda: sampler.generate(prompts, 8, max_new_tokens=args.new_tokens),
             len(prompts) * 8 * args.new_tokens, 2)
-        print(f"{args.size}: {parameters / 1e9:.2f} B parameters; sampling {rate:,.0f} tokens/s, MFU {mfu:.2%}")
+        print(f"{args.size}: {parameters / 1e9:.2f} B parameters")
+        print(f"{args.size}: sampling {rate:,.0f} tokens/s, MFU {mfu:.2%}")
         some = rollouts[:16]
         _, rate, mfu = timed(train, sum(len(r.prompt_ids) + len(r.response_ids) for r in some), 6)
         print(f"{args.size}: training {rate:,.0f} tokens/s, MFU {mfu:.2%}", end="")

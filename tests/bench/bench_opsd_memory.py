@@ -69,11 +69,15 @@ def measure(args):
     torch.save({"loss": values.detach()} | gradients | figures, args.to)
 
 
+def gigabytes(rows, columns):
+    """The size of an fp32 tensor."""
+    return f"{4 * rows * columns / 1e9:.2f} GB"
+
+
 def main():
     args = get_args()
     if args.way:
         return measure(args)
-    gigabytes = lambda *shape: f"{4e-9 * torch.Size(shape).numel():.2f} GB"  # noqa: E731  in fp32
     print(f"V = {args.vocab:,}, T = {args.tokens:,}, H = {args.hidden}, {args.divergence}, "
         f"{args.device}; a (T, V) tensor: {gigabytes(args.tokens, args.vocab)}; the head's "
         f"gradient, in both figures: {gigabytes(args.vocab, args.hidden)}")

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import rollout  # noqa: E402
+import sft  # noqa: E402
 
 PROMPTS, GROUP, NEW_TOKENS, ROUNDS = 32, 8, 192, 3
 
@@ -34,10 +35,10 @@ def make_untrained(problems):
     samplers meet the same model.
     """
     rng = random.Random(0)
-    texts = [rollout.demonstrate_arithmetic(p, rng, privileged=False) for p in problems]
+    texts = [sft.demonstrate_arithmetic(p, rng, privileged=False) for p in problems]
     asked = [p.problem + rollout.INSTRUCTION for p in problems]
-    tokenizer = rollout.make_tokenizer([*texts, *asked])
-    model = rollout.make_model(tokenizer, seed=0).eval()
+    tokenizer = sft.make_tokenizer([*texts, *asked])
+    model = sft.make_model(tokenizer, seed=0).eval()
 
     prompts = [rollout.render_prompt(tokenizer, p) for p in problems]
     totals = [len(p) + len(tokenizer.encode(t)) + 1 for p, t in zip(prompts, texts)]  # + 1: EOS

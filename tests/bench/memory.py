@@ -1,10 +1,10 @@
 """How much GPU memory does a stage take? Computed from a model's shape: python tests/bench/memory.py
 
-Per parameter: fp32 weight 4 bytes, gradient 4, AdamW's two moments 8; a frozen second model (opsd.py's teacher,
-rlvr.py's reference with --kl-coef) 4 more. Activations with --gradient-checkpointing: a layer's fp32 input for
-each token of a micro-batch, and one layer's inside while it is computed again. Logits: four chunks of
-rollout.MAX_LOGITS floats. Keys and values of a token in bfloat16. Allocator waste and CUDA itself (1 to 3 GB)
-are not counted.
+Per parameter: fp32 weight 4 bytes, gradient 4, AdamW's two moments 8; a frozen second model (opsd.py's
+teacher, rlvr.py's reference with --kl-coef) 4 more. Activations with --gradient-checkpointing: a layer's fp32
+input for each token of a micro-batch, and one layer's inside while it is computed again. Logits: four chunks
+of rollout.MAX_LOGITS floats. Keys and values of a token in bfloat16. Allocator waste and CUDA itself (1 to 3
+GB) are not counted.
 """
 
 import argparse
@@ -33,10 +33,12 @@ def make_config(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=8192, help="a micro-batch's, prompts and padding included")
+    parser.add_argument("--tokens", type=int, default=8192,
+        help="of a micro-batch, prompts and padding included")
     tokens = parser.parse_args().tokens
     print(f"GB, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
-    print("| Qwen3 | parameters | sft, rlvr | opsd | of it activations and logits | KV cache, per 1,000 tokens |")
+    print("| Qwen3 | parameters | sft, rlvr | opsd | of which activations and logits "
+        "| KV cache, per 1,000 tokens |")
     print("|---|---|---|---|---|---|")
     for name, (hidden, inner, layers, heads, _) in SHAPES.items():
         if name == "tiny":

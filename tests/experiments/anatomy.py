@@ -1,10 +1,10 @@
 """What OPSD takes away, and where: KL by position, label and token, words lost, difficulty, checks.
 
-    python tests/experiments/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd               # measures (a minute), prints tables
-    python tests/experiments/anatomy.py                                            # prints those of tests/experiments/results again
+    python tests/experiments/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd     # measures (a minute), prints tables
+    python tests/experiments/anatomy.py                                  # prints the committed tables again
 
-On held-out problems of the built-in world. The KL is that of opsd.py's first step, KL(student || teacher), both
-with the weights of the second checkpoint, at the tokens of its own responses. Of several seeds: their mean.
+On held-out problems of the built-in world. The KL is that of opsd.py's first step: KL(student || teacher),
+both with the weights of the second checkpoint, at the tokens of its own responses. Several seeds: their mean.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # eval.py and rollout.py are two folders up
 
 from eval import DOUBT, teacher_gap  # noqa: E402
 from rollout import HFSampler, evaluate, load_model, load_problems  # noqa: E402
@@ -28,121 +27,179 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def show(value, form=".1f", scale=100):
-    return "–" if value is None else format(scale * value, form)
-
-
 def checks(text):
-    """A response -> a list of (was this first result a slip, was it checked), step by step."""
+    """A response -> a list of [was this first result a slip, was it checked], step by step."""
     steps = []
     for check, a, op, b, result in STEP.findall(text):
+        if check and not steps:
+            continue  # a check with nothing before it
         if check:
-            if steps:
-                steps[-1][1] = True
-        else:
-            right = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op]
-            steps.append([int(result) != right, False])
+            steps[-1][1] = True
+            continue
+        a, b = int(a), int(b)
+        right = {"+": a + b, "-": a - b, "*": a * b}[op]
+        steps.append([int(result) != right, False])
     return steps
 
 
 def measure(paths, count, n):
-    """sft, before, after -> the figures of all tables."""
+    """Folders of three checkpoints (SFT, before OPSD, after OPSD) -> the figures of all tables.
+
+    count: held-out problems; n: responses to each.
+    """
     problems = load_problems("arithmetic")[1][:count]
-    models = [load_model(path) for path in paths]
-    sampled = []  # of each checkpoint; the first with another luck than the rest: it only sorts the problems
-    for k, (model, tokenizer) in enumerate(models):
-        sampled.append(evaluate(
-            HFSampler(model, tokenizer), problems, max_new_tokens=192, n=n, seed=int(k == 0)))
-    (before, tokenizer), (after, _) = models[1:]
+    (sft, sft_tokenizer), (before, tokenizer), (after, _) = [load_model(path) for path in paths]
 
-    by_label, by_position, by_token = defaultdict(list), defaultdict(list), defaultdict(list)
-    p_before = p_after = 0.0
-    for rollout in sampled[1]:
-        student, teacher = teacher_gap(before, tokenizer, rollout, True)  # (|y|, V) each
-        kl = (student.exp() * (student - teacher)).sum(-1).tolist()
+    def sample(model, tokenizer, seed):
+        sampler = HFSampler(model, tokenizer)
+        return evaluate(sampler, problems, max_new_tokens=192, n=n, seed=seed)
+
+    by_sft = sample(sft, sft_tokenizer, 1)  # another seed than the rest: it only sorts the problems
+    by_before = sample(before, tokenizer, 0)
+    by_after = sample(after, tokenizer, 0)
+    return {
+        **measure_kl(before, after, tokenizer, by_before),
+        "difficulty": measure_difficulty(by_sft, by_before, by_after, n),
+        "habits": {"before": measure_habits(by_before), "after": measure_habits(by_after)},
+    }
+
+
+def measure_kl(before, after, tokenizer, rollouts):
+    """The rollouts of the model `before` -> its KL to its teacher by label, tenth of the response and token,
+    and how often each token is expected at the rollouts' positions: by this model, and by the one after."""
+    by_label, by_tenth, by_token = defaultdict(list), defaultdict(list), defaultdict(list)
+    uses_before = uses_after = 0.0  # (V,): probabilities, summed over all positions
+    for rollout in rollouts:
+        student, teacher = teacher_gap(before, tokenizer, rollout, True)  # log-probs, (|y|, V) each
+        kl = (student.exp() * (student - teacher)).sum(-1).tolist()  # |y| numbers
         by_label[rollout.label] += kl
-        for t, (value, i) in enumerate(zip(kl, rollout.response_ids)):
-            by_position[10 * t // len(kl)].append(value)
-            by_token[i].append(value)
-        p_before = p_before + student.exp().sum(0)
-        p_after = p_after + teacher_gap(after, tokenizer, rollout, True)[0].exp().sum(0)
-    total = sum(map(sum, by_token.values()))
-    name = lambda i: tokenizer.decode([int(i)])  # noqa: E731
+        for t, (value, token) in enumerate(zip(kl, rollout.response_ids)):
+            by_tenth[10 * t // len(kl)].append(value)
+            by_token[token].append(value)
+        student_after, _ = teacher_gap(after, tokenizer, rollout, True)
+        uses_before = uses_before + student.exp().sum(0)
+        uses_after = uses_after + student_after.exp().sum(0)
 
-    right = [sum(r.label == "correct" for r in sampled[0][i : i + n]) for i in range(0, len(sampled[0]), n)]
-    bins = {"all": [n, n], "three quarters": [0.75 * n, n - 1], "half": [0.5 * n, 0.75 * n - 1],
-        "fewer": [0, 0.5 * n - 1]}
+    total = sum(sum(values) for values in by_token.values())
+    kl_by_token, tokens_lost = {}, {}
+    for token in range(len(uses_before)):
+        if uses_before[token] <= 0.001 * len(rollouts):
+            continue  # hardly ever used
+        name = tokenizer.decode([token])
+        if by_token[token]:
+            kl_by_token[name] = {"share": sum(by_token[token]) / total, "mean": mean(by_token[token])}
+        tokens_lost[name] = {"before": float(uses_before[token]) / len(rollouts),
+            "after": float(uses_after[token]) / len(rollouts)}
+    return {
+        "kl_by_label": {label: mean(by_label[label]) for label in sorted(by_label)},
+        "kl_by_tenth": [mean(by_tenth[tenth]) for tenth in range(10)],
+        "kl_by_token": kl_by_token,
+        "tokens_lost": tokens_lost,
+    }
+
+
+def measure_difficulty(by_sft, by_before, by_after, n):
+    """Three lists of rollouts, n to a problem -> accuracy, length and doubt, before and after, of problems
+    that SFT gets right always, in at least three quarters of its responses, in at least half, in fewer."""
+    right = []  # of each problem: how many of SFT's n responses are correct
+    for start in range(0, len(by_sft), n):
+        right.append(sum(r.label == "correct" for r in by_sft[start : start + n]))
+    bins = {"all": (n, n), "three quarters": (0.75 * n, n - 1), "half": (0.5 * n, 0.75 * n - 1),
+        "fewer": (0, 0.5 * n - 1)}
     difficulty = {}
     for title, (low, high) in bins.items():
         chosen = [i for i, count in enumerate(right) if low <= count <= high]
         row = {"problems": len(chosen)}
-        for when, rollouts in zip(("before", "after"), sampled[1:]):
+        for when, rollouts in ("before", by_before), ("after", by_after):
             some = [r for i in chosen for r in rollouts[i * n : i * n + n]]
-            row |= {f"accuracy_{when}": mean([r.label == "correct" for r in some]),
-                f"length_{when}": mean([len(r.response_ids) for r in some]),
-                f"doubt_{when}": mean([len(DOUBT.findall(r.text)) for r in some])}
+            row[f"accuracy_{when}"] = mean([r.label == "correct" for r in some])
+            row[f"length_{when}"] = mean([len(r.response_ids) for r in some])
+            row[f"doubt_{when}"] = mean([len(DOUBT.findall(r.text)) for r in some])
         difficulty[title] = row
-    habits = {}
-    for when, rollouts in zip(("before", "after"), sampled[1:]):
-        steps = [step for r in rollouts for step in checks(r.text)]
-        habits[when] = {"slips": mean([slip for slip, _ in steps]),
-            "checked_after_a_slip": mean([check for slip, check in steps if slip]),
-            "checked_after_a_right_result": mean([check for slip, check in steps if not slip])}
-    used = [i for i in range(len(p_before)) if p_before[i] > 0.001 * len(sampled[1])]
+    return difficulty
+
+
+def measure_habits(rollouts):
+    """How often a first result is a slip, and how often each kind of first result is checked."""
+    steps = [step for r in rollouts for step in checks(r.text)]
     return {
-        "kl_by_label": {label: mean(by_label[label]) for label in sorted(by_label)},
-        "kl_by_tenth": [mean(by_position[k]) for k in range(10)],
-        "kl_by_token": {name(i): {"share": sum(by_token[i]) / total, "mean": mean(by_token[i])}
-            for i in used if by_token[i]},
-        "tokens_lost": {name(i): {"before": float(p_before[i]) / len(sampled[1]),
-            "after": float(p_after[i]) / len(sampled[1])} for i in used},
-        "difficulty": difficulty,
-        "habits": habits,
+        "slips": mean([slip for slip, _ in steps]),
+        "checked_after_a_slip": mean([checked for slip, checked in steps if slip]),
+        "checked_after_a_right_result": mean([checked for slip, checked in steps if not slip]),
     }
-
-
-def top(rows, key, count=10):
-    return sorted(rows.items(), key=lambda x: -key(x[1]))[:count]
 
 
 def merge(parts):
     """Means over seeds, key by key; a key that some seed lacks (a token that it hardly uses) is left out."""
     if isinstance(parts[0], dict):
-        return {key: merge([part[key] for part in parts]) for key in parts[0] if all(key in p for p in parts)}
+        shared = [key for key in parts[0] if all(key in part for part in parts)]
+        return {key: merge([part[key] for part in parts]) for key in shared}
     if isinstance(parts[0], list):
         return [merge(list(values)) for values in zip(*parts)]
     return mean([part for part in parts if part is not None])
 
 
+def load(folder=HERE / "results"):
+    """The committed figures of all seeds, averaged."""
+    return merge([json.loads(path.read_text()) for path in sorted(folder.glob("anatomy*.json"))])
+
+
+def show(value, digits=1):
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def show_percent(share):
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def show_change(before, after):
+    return f"{100 * (after / before - 1):+.1f}" if before else "–"
+
+
+def share_of_kl(item):
+    token, row = item
+    return row["share"]
+
+
+def uses_lost(item):
+    token, row = item
+    return row["before"] - row["after"]
+
+
+def ten_largest(rows, by):
+    return sorted(rows.items(), key=by, reverse=True)[:10]
+
+
 def tables(found):
     """The figures as Markdown."""
-    lines = ["KL a token, by label: " + ", ".join(f"{k} {v:.3f}" for k, v in found["kl_by_label"].items())
-        + "; by tenth of the response: " + " ".join(f"{v:.3f}" for v in found["kl_by_tenth"]) + ".", ""]
-    lines += ["| token | share of the KL, % | mean KL where it stands |", "|---|---|---|"]
-    for token, row in top(found["kl_by_token"], lambda row: row["share"]):
-        lines += [f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |"]
+    labels = ", ".join(f"{label} {value:.3f}" for label, value in found["kl_by_label"].items())
+    tenths = " ".join(f"{value:.3f}" for value in found["kl_by_tenth"])
+    lines = [f"KL a token, by label: {labels};", f"by tenth of the response: {tenths}."]
+
+    lines += ["", "| token | share of the KL, % | mean KL where it stands |", "|---|---|---|"]
+    for token, row in ten_largest(found["kl_by_token"], share_of_kl):
+        lines.append(f"| `{token!r}` | {100 * row['share']:.1f} | {row['mean']:.3f} |")
+
     lines += ["", "| token | expected uses, at the positions of the responses before | by the model after |",
         "|---|---|---|"]
-    for token, row in top(found["tokens_lost"], lambda row: row["before"] - row["after"]):
-        lines += [f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |"]
+    for token, row in ten_largest(found["tokens_lost"], uses_lost):
+        lines.append(f"| `{token!r}` | {row['before']:.3f} | {row['after']:.3f} |")
+
     lines += ["", "| SFT right at least | problems | accuracy before, % | after | length before | after "
         "| change, % | doubt before | after |", "|---|---|---|---|---|---|---|---|---|"]
     for title, row in found["difficulty"].items():
-        a, b = row["length_before"], row["length_after"]
-        cells = [show(row["accuracy_before"]), show(row["accuracy_after"]), show(a, scale=1), show(b, scale=1),
-            show(b / a - 1 if a else None, "+.1f"), show(row["doubt_before"], ".2f", 1),
-            show(row["doubt_after"], ".2f", 1)]
-        lines += [f"| {title} | {row['problems']:.0f} | {' | '.join(cells)} |"]
+        accuracies = f"{show_percent(row['accuracy_before'])} | {show_percent(row['accuracy_after'])}"
+        lengths = f"{show(row['length_before'])} | {show(row['length_after'])}"
+        change = show_change(row["length_before"], row["length_after"])
+        doubts = f"{show(row['doubt_before'], 2)} | {show(row['doubt_after'], 2)}"
+        lines.append(f"| {title} | {row['problems']:.0f} | {accuracies} | {lengths} | {change} | {doubts} |")
+
     lines += ["", "| | first results that are slips, % | checked after a slip, % "
         "| checked after a right result, % |", "|---|---|---|---|"]
     for when, row in found["habits"].items():
-        lines += [f"| {when} | " + " | ".join(show(row[key]) for key in row) + " |"]
+        cells = " | ".join(show_percent(share) for share in row.values())
+        lines.append(f"| {when} | {cells} |")
     return "\n".join(lines)
-
-
-def load(folder=ROOT / "tests" / "experiments" / "results"):
-    """The committed figures of all seeds, averaged."""
-    return merge([json.loads(path.read_text()) for path in sorted(folder.glob("anatomy*.json"))])
 
 
 def main():

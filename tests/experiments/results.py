@@ -1,23 +1,28 @@
-"""The README's results from tests/experiments/results/seed*.json, which tests/experiments/run_seeds.sh writes.
+"""The tables and the figure of the experiments, from results/seed*.json, which run_seeds.sh writes.
 
-    python tests/experiments/results.py                          # prints the tables, as Markdown
-    python tests/experiments/results.py --readme --plot tests/experiments/results.svg    # into the README; draws the figure
+    python tests/experiments/results.py                 # prints the tables, as Markdown
+    python tests/experiments/results.py --write         # writes them into the two pages, between their marks
+    python tests/experiments/results.py --plot tests/experiments/results.svg        # draws the figure
+
+The pages are tests/experiments/README.md, with all tables, and README.md, with two small ones.
 
 A cell is the mean over seeds and half its 95 % interval: t * s / sqrt(n), Student's t with n - 1 degrees of
-freedom, the seed being the unit. Changes are taken within a seed, against its own start.
+freedom, the seed being the unit. Changes are taken within a seed, against that seed's own start.
 """
 
 import argparse
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tests" / "experiments" / "results"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
-TABLES = {  # title -> arms, and what their changes are against
+TABLES = {  # title -> the arm that changes are against, and the arms
     "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "all", "only-correct", "only-incorrect"]),
     "Equal budgets": ("rlvr", ["all", "correct-matched", "incorrect-matched", "forward-correct-matched",
         "forward-incorrect-matched"]),
@@ -32,40 +37,94 @@ TABLES = {  # title -> arms, and what their changes are against
 }
 
 CONTRASTS, ANATOMY = "Against each other, seed by seed", "What OPSD takes away, and where"
+KEPT, EACH_SEED = "Rollouts kept in a step, of 32", "Teachers, the accuracy of each seed"
 PAIRS = [("only-incorrect", "only-correct"), ("incorrect-matched", "correct-matched"),
-    ("forward-incorrect", "forward-correct"), ("forward-incorrect-matched", "forward-correct-matched"), 
+    ("forward-incorrect", "forward-correct"), ("forward-incorrect-matched", "forward-correct-matched"),
     ("jsd-incorrect", "jsd-correct"), ("short-incorrect", "short-correct"), ("only-correct", "all"),
-    ("only-correct", "shortest-sft"), ("refresh-1", "frozen-100"), ("only-correct", "sft-opsd-rlvr")]
+    ("only-correct", "shortest-sft"), ("refresh-50", "frozen-100"), ("refresh-1", "frozen-100"),
+    ("only-correct", "sft-opsd"), ("only-correct", "sft-opsd-rlvr"), ("sft-opsd-rlvr", "sft-opsd")]
+
+STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
+CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
+FILTERS = [  # arm, divergence, rollouts that are kept, their number in a step
+    ("all", "reverse KL", "all", "32 sampled"),
+    ("only-correct", "reverse KL", "only correct", "the correct of 32"),
+    ("only-incorrect", "reverse KL", "only incorrect", "the incorrect of 32"),
+    ("forward-correct", "forward KL", "only correct", "the correct of 32"),
+    ("forward-incorrect", "forward KL", "only incorrect", "the incorrect of 32"),
+    ("correct-matched", "reverse KL", "only correct", "32 correct"),
+    ("incorrect-matched", "reverse KL", "only incorrect", "32 incorrect"),
+]
+
+PANELS = {  # the figure: title -> arms, in the order of STYLES
+    "reverse KL": ["only-correct", "only-incorrect", "correct-matched", "incorrect-matched"],
+    "forward KL": ["forward-correct", "forward-incorrect", "forward-correct-matched",
+        "forward-incorrect-matched"],
+}
+STYLES = [  # label, colour, line, marker; blue and orange differ to colour-blind eyes too (Okabe and Ito)
+    ("only correct", "#0072B2", "-", "o"),
+    ("only incorrect", "#D55E00", "-", "s"),
+    ("only correct, 32 kept a step", "#56B4E9", "--", "o"),
+    ("only incorrect, 32 kept a step", "#E69F00", "--", "s"),
+]
+LENGTHS, ACCURACIES = (36, 62), (83, 99)  # the limits of both panels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From a seed's checkpoints to one json
 
 
 def collect(folder):
-    """ckpt/seedN -> tests/experiments/results/seedN.json: of each arm what eval.py found, its path and its KL. Arms that
-    are not in the folder stay as they were."""
+    """ckpt/seedN -> results/seedN.json: of each arm what eval.py found, its path over the steps and its KL.
+    Arms that are not in the folder stay as they were."""
+    judged = sorted(Path(folder).glob("*/eval.json"))
+    if not judged:
+        print(f"error: {folder} has no ARM/eval.json: run run_seeds.sh first", file=sys.stderr)
+        sys.exit(2)
     saved = RESULTS / f"{Path(folder).name}.json"
     arms = json.loads(saved.read_text()) if saved.is_file() else {}
-    for path in sorted(Path(folder).glob("*/eval.json")):
-        row = json.loads(path.read_text())["checkpoints"][0]
-        keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
-        arm = {key: round(row[key], 5) for key in keys}
-        log = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-        arm["path"] = [[row["step"], round(row["eval/len_mean"], 2), round(row["eval/accuracy"], 4)]
-            for row in log if "eval/accuracy" in row]
-        steps = [row for row in log if "distill/kept_frac" in row]
-        for name, part in ("first", steps[:1]), ("last_10", steps[-10:]):
-            keys = sorted({key for row in part for key in row if key.startswith("distill/k")})
-            values = {key.removeprefix("distill/"): [row[key] for row in part if key in row] for key in keys}
-            arm |= {name: {key: round(sum(v) / len(v), 5) for key, v in values.items()}} if part else {}
-        arms[path.parent.name] = arm
+    for path in judged:
+        arms[path.parent.name] = collect_arm(path.parent)
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(arms[name])}" for name in sorted(arms))
     saved.write_text(f"{{\n{rows}\n}}\n")
-    if Path(folder, "anatomy.json").is_file():
-        shutil.copy(Path(folder, "anatomy.json"), RESULTS / f"anatomy-{Path(folder).name}.json")
+    anatomy = Path(folder, "anatomy.json")
+    if anatomy.is_file():
+        shutil.copy(anatomy, RESULTS / f"anatomy-{Path(folder).name}.json")
+
+
+def collect_arm(folder):
+    found = json.loads((folder / "eval.json").read_text())["checkpoints"][0]
+    keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
+    arm = {key: round(found[key], 5) for key in keys}
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    arm["path"] = []
+    for row in log:
+        if "eval/accuracy" in row:
+            arm["path"].append([row["step"], round(row["eval/len_mean"], 2), round(row["eval/accuracy"], 4)])
+    steps = [row for row in log if "distill/kept_frac" in row]  # none, unless the stage is opsd.py
+    if steps:
+        arm["first"] = mean_of_distill(steps[:1])
+        arm["last_10"] = mean_of_distill(steps[-10:])
+    return arm
+
+
+def mean_of_distill(rows):
+    """Rows of metrics.jsonl -> {"kl": ..., "kept_frac": ...}: a metric's mean over the rows that have it."""
+    means = {}
+    for key in sorted({key for row in rows for key in row if key.startswith("distill/k")}):
+        values = [row[key] for row in rows if key in row]
+        means[key.removeprefix("distill/")] = round(sum(values) / len(values), 5)
+    return means
 
 
 def load_runs(folder=RESULTS):
     """-> [{arm: row}], one dict a seed."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cells
 
 
 def mean_and_half_width(values):
@@ -75,50 +134,82 @@ def mean_and_half_width(values):
     return mean, T95.get(n, 1.96) * deviation / n**0.5 if n > 1 else float("nan")
 
 
-def cell(values, sign="", digits=1):
+def cell(values, sign=""):
+    """Mean ± half the interval; sign "+" writes the sign of a change."""
     mean, half = mean_and_half_width(values)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
+def range_cell(values, sign=""):
+    """Mean, and the least and the greatest of the seeds."""
+    mean = sum(values) / len(values)
+    return f"{mean:{sign}.1f} ({min(values):{sign}.1f} to {max(values):{sign}.1f})"
+
+
+def pairs_of(runs, arm, other):
+    """-> [(row of arm, row of other)] of the seeds that have both."""
+    return [(run[arm], run[other]) for run in runs if arm in run and other in run]
+
+
+def points(pairs):
+    """Changes of accuracy, in points."""
+    return [100 * (row["accuracy"] - start["accuracy"]) for row, start in pairs]
+
+
+def percents(pairs):
+    """Changes of length, in percent."""
+    return [100 * (row["length"] / start["length"] - 1) for row, start in pairs]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def commands():
-    """{arm: the command of tests/experiments/run_seeds.sh, as one would type it}."""
-    text = (ROOT / "tests" / "experiments" / "run_seeds.sh").read_text().replace("\\\n", " ")
+    """{arm: the command that run_seeds.sh gives it, as one would type it for a single seed}."""
+    text = (HERE / "run_seeds.sh").read_text().replace("\\\n", " ")
     made = {}
-    for kind, name, flags in re.findall(r"^  (opsd|run) (\S+) ?(.*)$", text, re.MULTILINE):
+    for kind, arm, flags in re.findall(r"^  (opsd|run) ([\w-]+) ?(.*)$", text, re.MULTILINE):
         if kind == "run":
             stage, _, flags = flags.partition(" ")
         else:
             stage, flags = "opsd", f"--init ckpt/rlvr {flags}"
         flags = flags.replace("$from", "--init ckpt/short-rlvr --no-thinking")
         flags = flags.replace("$dump", "shortest.jsonl")
-        flags = re.sub(r'"?ckpt/seed\$seed/([\w-]+)"?', r"ckpt/\1", flags).replace("--eval-every 10", "")
-        out = "" if name == stage else f"--out ckpt/{name}"
-        made[name] = " ".join(f"python {stage}.py {flags} {out}".replace('"', "").split())
+        flags = re.sub(r'"?ckpt/seed\$seed/([\w-]+)"?', r"ckpt/\1", flags)
+        flags = flags.replace("--eval-every 10", "").replace('"', "")
+        out = "" if arm == stage else f"--out ckpt/{arm}"
+        made[arm] = " ".join(f"python {stage}.py {flags} {out}".split())
     dump = "python eval.py ckpt/rlvr --train --problems 1280 --n 8 --shortest shortest.jsonl"
     made["shortest-sft"] = f"{dump} && {made['shortest-sft']}"
     return made
 
 
+def how_to_make(arms):
+    """Markdown: a block with the command of each arm, in the order of the table."""
+    made = commands()
+    lines = [made[arm].replace(" && ", " && \\\n  ") for arm in arms]
+    return "\n".join(["How to make each arm:", "", "```bash", *lines, "```"])
+
+
 def table(runs, base, arms):
-    """Markdown: each arm's accuracy, length, truncation and doubt, its changes, its command."""
-    how = commands()
+    """Markdown: each arm's accuracy, length, truncation and doubt, and its changes against `base`."""
     lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
-        "| truncated, % | doubt | command |", "|---|---|---|---|---|---|---|---|"]
+        "| truncated, % | doubt | seeds |", "|---|---|---|---|---|---|---|---|"]
     for arm in arms:
-        pairs = [(run[arm], run[base]) for run in runs if arm in run and base in run]
+        pairs = pairs_of(runs, arm, base)
         if not pairs:
             continue
-        accuracy = cell([100 * row["accuracy"] for row, _ in pairs])
-        length = cell([row["length"] for row, _ in pairs])
-        points = percent = ""
+        rows = [row for row, _ in pairs]
+        accuracy = cell([100 * row["accuracy"] for row in rows])
+        length = cell([row["length"] for row in rows])
+        truncated = cell([100 * row["truncated"] for row in rows])
+        doubt = sum(row["doubt"] for row in rows) / len(rows)
+        accuracy_change = length_change = ""
         if arm != base:
-            points = cell([100 * (row["accuracy"] - start["accuracy"]) for row, start in pairs], "+")
-            percent = cell([100 * (row["length"] / start["length"] - 1) for row, start in pairs], "+")
-        cut = cell([100 * row["truncated"] for row, _ in pairs])
-        doubt = sum(row["doubt"] for row, _ in pairs) / len(pairs)
-        seeds = "" if len(pairs) == len(runs) else f" ({len(pairs)} of {len(runs)} seeds)"
-        lines.append(f"| {arm}{seeds} | {accuracy} | {points} | {length} | {percent} | {cut} | {doubt:.2f} "
-            f"| `{how[arm]}` |")
+            accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
+        lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
+            f"| {truncated} | {doubt:.2f} | {len(pairs)} |")
     return "\n".join(lines)
 
 
@@ -126,76 +217,150 @@ def contrasts(runs):
     """Markdown: one arm minus another of the same seed, from the same start: what both share cancels."""
     lines = ["| arm | minus | accuracy, points | length, % | seeds |", "|---|---|---|---|---|"]
     for arm, other in PAIRS:
-        pairs = [(run[arm], run[other]) for run in runs if arm in run and other in run]
+        pairs = pairs_of(runs, arm, other)
         if pairs:
-            points = cell([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs], "+")
-            percent = cell([100 * (a["length"] / b["length"] - 1) for a, b in pairs], "+")
-            lines.append(f"| {arm} | {other} | {points} | {percent} | {len(pairs)} |")
+            accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
+            lines.append(f"| {arm} | {other} | {accuracy_change} | {length_change} | {len(pairs)} |")
     return "\n".join(lines)
 
 
-def all_tables(runs):
-    """{title: Markdown}"""
+def rollouts_kept(runs):
+    """Markdown: how many rollouts each filter keeps of a step's 32, at first and at the end."""
+    lines = ["| arm | first step | mean of the last 10 steps | seeds |", "|---|---|---|---|"]
+    for arm in ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect"]:
+        rows = [run[arm] for run in runs if arm in run]
+        first = cell([32 * row["first"]["kept_frac"] for row in rows])
+        last = cell([32 * row["last_10"]["kept_frac"] for row in rows])
+        lines.append(f"| {arm} | {first} | {last} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def accuracy_of_each_seed(runs):
+    """Markdown: where some seeds collapse and others do not, a mean says little."""
+    titles = " | ".join(f"seed {seed}, %" for seed in range(len(runs)))
+    lines = [f"| arm | {titles} |", "|---" * (len(runs) + 1) + "|"]
+    for arm in ["rlvr", *TABLES["Teachers, 100 steps"][1]]:
+        cells = " | ".join(f"{100 * run[arm]['accuracy']:.1f}" for run in runs)
+        lines.append(f"| {arm} | {cells} |")
+    return "\n".join(lines)
+
+
+def three_stages(runs):
+    """Markdown: each stage's mean with the range of the seeds, and its change against the stage before."""
+    lines = ["| stage | accuracy, % | change, points | length, tokens | change, % |", "|---|---|---|---|---|"]
+    for stage, arm, before in CHAIN:
+        accuracy = range_cell([100 * run[arm]["accuracy"] for run in runs])
+        length = range_cell([run[arm]["length"] for run in runs])
+        accuracy_change = length_change = ""
+        if before:
+            pairs = pairs_of(runs, arm, before)
+            accuracy_change, length_change = range_cell(points(pairs), "+"), range_cell(percents(pairs), "+")
+        lines.append(f"| {stage} | {accuracy} | {accuracy_change} | {length} | {length_change} |")
+    return "\n".join(lines)
+
+
+def which_rollouts(runs):
+    """Markdown: the filters under two divergences, and at equal budgets, against RLVR."""
+    lines = ["| rollouts | divergence | a step trains on | accuracy, points | length, % | seeds |",
+        "|---|---|---|---|---|---|"]
+    for arm, divergence, kept, budget in FILTERS:
+        pairs = pairs_of(runs, arm, "rlvr")
+        accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
+        lines.append(f"| {kept} | {divergence} | {budget} | {accuracy_change} | {length_change} "
+            f"| {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def page_tables(runs):
+    """{title: Markdown} of tests/experiments/README.md."""
     import anatomy  # here, since it needs torch
 
-    tables = {title: table(runs, base, arms) for title, (base, arms) in TABLES.items()}
-    return tables | {CONTRASTS: contrasts(runs), ANATOMY: anatomy.tables(anatomy.load())}
+    tables = {}
+    for title, (base, arms) in TABLES.items():
+        tables[title] = f"{table(runs, base, arms)}\n\n{how_to_make(arms)}"
+    tables[CONTRASTS] = contrasts(runs)
+    tables[KEPT] = rollouts_kept(runs)
+    tables[EACH_SEED] = accuracy_of_each_seed(runs)
+    tables[ANATOMY] = anatomy.tables(anatomy.load())
+    return tables
 
 
-def write_readme(runs):
+def readme_tables(runs):
+    """{title: Markdown} of the top-level README.md."""
+    return {STAGES: three_stages(runs), ROLLOUTS: which_rollouts(runs)}
+
+
+def write(path, tables):
     """Each table goes between its own marks, <!-- table: Controls --> and <!-- end -->."""
-    path = ROOT / "README.md"
     text = path.read_text()
-    for title, made in all_tables(runs).items():
+    for title, made in tables.items():
         mark = f"<!-- table: {title} -->\n"
-        assert mark in text, f"README.md has no {mark}"
+        if mark not in text:
+            name = path.relative_to(ROOT)
+            print(f"{name} has no {mark.strip()}: that table is not written", file=sys.stderr)
+            continue
         before, after = text.split(mark)
         text = f"{before}{mark}\n{made}\n\n{after[after.index('<!-- end -->') :]}"
     path.write_text(text)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The figure
+
+
+def mean_path(runs, arm):
+    """-> [(length, accuracy in %)], one for each evaluation during training, mean over the seeds."""
+    means = []
+    for at_step in zip(*[run[arm]["path"] for run in runs if arm in run]):
+        _, lengths, accuracies = zip(*at_step)
+        means.append((sum(lengths) / len(lengths), 100 * sum(accuracies) / len(accuracies)))
+    return means
+
+
 def plot(runs, path):
-    """Accuracy against length, mean over seeds, as training measured it: a path an arm over its steps."""
+    """Accuracy against length, a path for each arm over its steps: left reverse KL, right forward KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "results"  # the same figure gives the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for arm in ["rlvr", "sft-opsd", "all", "only-correct", "only-incorrect", "correct-matched",
-            "incorrect-matched", "forward-correct", "forward-incorrect", "forward-correct-matched",
-            "forward-incorrect-matched"]:
-        paths = [run[arm]["path"] for run in runs if arm in run]
-        if not paths:
-            continue
-        points = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*paths)]
-        _, lengths, accuracies = zip(*points)
-        style = "--" if "incorrect" in arm else "-"
-        line = axes.plot(lengths, [100 * a for a in accuracies], style, marker=".", label=arm)[0]
-        axes.plot(lengths[-1], 100 * accuracies[-1], "o", ms=8, color=line.get_color())
-    axes.set(xlabel="response length (tokens)", ylabel="accuracy at T = 1 (%)",
-        title="Mean over seeds, 128 held-out problems, every 10 steps (rlvr: 25); large: the end")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    figure, panels = pyplot.subplots(1, 2, figsize=(8.3, 5), sharex=True, sharey=True, layout="constrained")
+    start_length, start_accuracy = mean_path(runs, "rlvr")[-1]
+    for axes, (title, arms) in zip(panels, PANELS.items()):
+        axes.patch.set_gid(f"panel-{title[:7]}")  # these names let a test find what is drawn
+        for arm, (label, colour, line, marker) in zip(arms, STYLES):
+            lengths, accuracies = zip(*mean_path(runs, arm))
+            axes.plot(lengths, accuracies, line, color=colour, lw=2, label=label, gid=arm)
+            axes.plot(lengths[1:-1], accuracies[1:-1], marker, color=colour, ms=3.5)
+            axes.plot(lengths[-1], accuracies[-1], marker, color=colour, ms=9, mec="black", mew=0.8)
+        axes.plot(start_length, start_accuracy, "*", color="black", ms=15, label="RLVR, where all start",
+            gid=f"start-{title[:7]}")
+        axes.set(title=title, xlabel="response length (tokens)", xlim=LENGTHS, ylim=ACCURACIES)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy at T = 1 (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9,
+        title="a mark every 10 steps; the large one is the end of training", title_fontsize=9)
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--readme", action="store_true", help="also write the tables into the README")
-    parser.add_argument("--plot", help="also draw the figure: .svg or .png")
-    parser.add_argument("--collect", metavar="FOLDER", help="ckpt/seedN: read its arms into tests/experiments/results")
+    parser.add_argument("--write", action="store_true", help="write the tables into the two pages")
+    parser.add_argument("--plot", metavar="FILE", help="draw the figure: .svg or .png")
+    parser.add_argument("--collect", metavar="FOLDER", help="ckpt/seedN: read it into results/seedN.json")
     args = parser.parse_args()
     if args.collect:
         return collect(args.collect)
     runs = load_runs()
-    for title, made in all_tables(runs).items():
-        print(f"**{title}**\n\n{made}\n")
-    if args.readme:
-        write_readme(runs)
+    if args.write:
+        write(HERE / "README.md", page_tables(runs))
+        write(ROOT / "README.md", readme_tables(runs))
     if args.plot:
         plot(runs, args.plot)
+    if not args.write and not args.plot:
+        for title, made in (page_tables(runs) | readme_tables(runs)).items():
+            print(f"**{title}**\n\n{made}\n")
 
 
 if __name__ == "__main__":

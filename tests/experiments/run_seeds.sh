@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The README's results: every arm, for each seed given. Resumable: what is finished is not repeated.
-#   bash tests/experiments/run_seeds.sh 0 1 2 3 4        then        python tests/experiments/results.py
-# About an hour a seed on one core; two processes with other seeds each, OMP_NUM_THREADS=1, use two.
-# ONLY="start paper" bash tests/experiments/run_seeds.sh 0      some groups of arms only (they are listed at the end)
+# The results of tests/experiments/README.md: every arm, for each seed given. What is finished is not repeated.
+#   bash tests/experiments/run_seeds.sh 0 1 2 3 4                 about an hour a seed, on one core
+#   ONLY="start paper" bash tests/experiments/run_seeds.sh 0      some groups of arms only (the last lines list them)
+#   python tests/experiments/results.py --write                   then: the tables of the pages
+# To use two cores, start it twice, with different seeds and OMP_NUM_THREADS=1.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

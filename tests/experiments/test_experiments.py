@@ -1,0 +1,211 @@
+"""The page of results is what the committed json gives: tables, numbers in the text, figure, commands."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import anatomy
+import pages
+import pytest
+import results
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "README.md"
+TITLES = [*results.TABLES, results.CONTRASTS, results.KEPT, results.EACH_SEED, results.ANATOMY]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_table_is_what_the_committed_runs_give(title):
+    """A number typed into the page by hand is a number that nobody can reproduce."""
+    made = results.page_tables(results.load_runs())[title]
+    assert f"<!-- table: {title} -->\n\n{made}\n\n<!-- end -->" in PAGE.read_text()
+
+
+def test_numbers_of_the_text_stand_in_a_table():
+    """`5.1 ± 0.8` in a sentence is a cell of some table, its sign aside: no table, no claim."""
+    text = re.sub(r"<!-- table: .*?<!-- end -->", "", PAGE.read_text(), flags=re.DOTALL)
+    tables = "".join(results.page_tables(results.load_runs()).values())
+    number = r"\d+\.\d ± \d+\.\d"
+    claims = re.findall(number, text)
+    assert len(claims) > 30
+    assert set(claims) <= set(re.findall(number, tables))
+
+
+def test_every_arm_has_a_command_that_the_seed_script_runs():
+    """A row without its command cannot be checked; a command that starts from nothing cannot be run."""
+    commands = results.commands()
+    arms = {arm for _, arms in results.TABLES.values() for arm in arms}
+    assert arms <= commands.keys()
+    assert commands["sft"] == "python sft.py" and commands["rlvr"] == "python rlvr.py --init ckpt/sft"
+    assert commands["incorrect-matched"] == ("python opsd.py --init ckpt/rlvr --only-incorrect "
+        "--match-budget --max-refills 40 --out ckpt/incorrect-matched")
+    text = "\n".join(commands.values())
+    starts, made = set(re.findall(r"--init (\S+)", text)), set(re.findall(r"--out (\S+)", text))
+    assert starts <= made | {"ckpt/sft", "ckpt/rlvr"}
+
+
+def test_the_page_shows_every_arms_command():
+    """As the blocks of the page have them, to be typed: none is lost, none is cut at a line's end."""
+    shown = {f"python {script}{rest}".strip() for script, rest in pages.commands(PAGE)}
+    for command in results.commands().values():
+        assert set(command.split(" && ")) <= shown
+
+
+def test_links_commands_and_lines_of_the_page():
+    assert pages.broken_links(PAGE) == []
+    assert pages.unknown_commands(PAGE) == []
+    assert pages.long_lines(PAGE) == []
+
+
+def test_pages_finds_what_is_wrong(tmp_path):
+    """Each kind of mistake once."""
+    page = tmp_path / "page.md"
+    lines = ["# One, two", "[a](#one-two) [b](#three) [c](gone.py) `--thinking` `--no-thinking` `--nothing`",
+        "x" * 141, "```bash", "python sft.py --steps 3 --only-correct  # --comment", "X=1 python gone.py --a",
+        "python opsd.py \\", "  --only-correct && python eval.py ckpt/a --jsno x", "y" * 200, "```"]
+    page.write_text("\n".join(lines))
+    assert pages.broken_links(page) == ["#three: no such heading", "gone.py: no such file"]
+    assert pages.long_lines(page) == ["page.md:3 has 141 characters"]
+    assert pages.unknown_commands(page) == ["sft.py has no --only-correct", "gone.py: no such file",
+        "eval.py has no --jsno", "no script has --nothing"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The cells
+
+
+def test_the_interval_by_hand():
+    """1 2 3 4 5: mean 3, s = sqrt(2.5) = 1.5811388, t(4) = 2.776: 2.776 * 1.5811388 / sqrt(5) = 1.9629."""
+    mean, half = results.mean_and_half_width([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(1.9629, abs=1e-4)
+    assert results.cell([1, 2, 3, 4, 5], "+") == "+3.0 ± 2.0"
+    assert results.cell([1.26]) == "1.3"  # one seed has no interval
+
+
+def test_changes_and_ranges_by_hand():
+    """Two seeds, 50 -> 60 % and 60 -> 90 %: +10 and +30 points, mean +20. Lengths 40 -> 30 and 80 -> 40: -25
+    and -50 %, mean -37.5 (and not 120 -> 70, -41.7 %). A third seed lacks the arm."""
+    runs = [{"sft": {"accuracy": 0.5, "length": 40}, "rlvr": {"accuracy": 0.6, "length": 30}},
+        {"sft": {"accuracy": 0.6, "length": 80}, "rlvr": {"accuracy": 0.9, "length": 40}},
+        {"sft": {"accuracy": 0.7, "length": 80}}]
+    pairs = results.pairs_of(runs, "rlvr", "sft")
+    assert len(pairs) == 2
+    assert results.range_cell(results.points(pairs), "+") == "+20.0 (+10.0 to +30.0)"
+    assert results.range_cell(results.percents(pairs), "+") == "-37.5 (-50.0 to -25.0)"
+
+
+def test_a_seeds_folder_is_read(tmp_path, monkeypatch):
+    """eval.json's figures, the path where training evaluated, the KL at the first step and the last ten."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    folder = tmp_path / "seed7" / "all"
+    folder.mkdir(parents=True)
+    keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
+    (folder / "eval.json").write_text(json.dumps({"checkpoints": [dict.fromkeys(keys, 0.123456)]}))
+    log = [{"step": 0, "eval/accuracy": 0.5, "eval/len_mean": 70}]
+    log += [{"step": step, "distill/kl": step, "distill/kept_frac": 1} for step in range(1, 21)]
+    log[20] |= {"distill/kl_incorrect": 8, "eval/accuracy": 0.9, "eval/len_mean": 40}
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    results.collect(tmp_path / "seed7")
+    (run,) = results.load_runs(tmp_path / "results")
+    assert run["all"] == dict.fromkeys(keys, 0.12346) | {"path": [[0, 70, 0.5], [20, 40, 0.9]],
+        "first": {"kept_frac": 1, "kl": 1}, "last_10": {"kept_frac": 1, "kl": 15.5, "kl_incorrect": 8}}
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, monkeypatch, fails_with):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    fails_with(lambda: results.collect(tmp_path), tmp_path, "eval.json")
+
+
+def test_a_table_is_written_between_its_marks(tmp_path, monkeypatch, capsys):
+    """What stands around it stays; a page without the mark stays as it is, and stderr says so."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: A -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    results.write(page, {"A": "| new |", "B": "| other |"})
+    assert page.read_text() == ("before\n<!-- table: A -->\n\n| new |\n\n<!-- end -->\nafter <!-- end -->\n")
+    assert "page.md has no <!-- table: B -->" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The figure
+
+
+def drawn(figure, name):
+    """The points of a curve or of a panel's frame, in the coordinates of the .svg file, and its style."""
+    (group,) = [g for g in figure.iter("{http://www.w3.org/2000/svg}g") if g.get("id") == name]
+    (path,) = group.iter("{http://www.w3.org/2000/svg}path")
+    points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
+    return points, path.get("style")
+
+
+@pytest.mark.parametrize("title", results.PANELS)
+def test_the_committed_figure_shows_the_committed_runs(title):
+    """Each curve of results.svg, read back from its coordinates within its panel's frame: to 0.02 tokens and
+    points. Bytes would differ with the version of matplotlib."""
+    runs, figure = results.load_runs(), ElementTree.parse(HERE / "results.svg")
+    frame, _ = drawn(figure, f"panel-{title[:7]}")
+    left, right = min(x for x, _ in frame), max(x for x, _ in frame)
+    top, bottom = min(y for _, y in frame), max(y for _, y in frame)
+    low, high = results.LENGTHS
+    worst, best = results.ACCURACIES
+    for arm, (_, colour, _, _) in zip(results.PANELS[title], results.STYLES):
+        curve, style = drawn(figure, arm)
+        shown = [(low + (high - low) * (x - left) / (right - left),
+            worst + (best - worst) * (bottom - y) / (bottom - top)) for x, y in curve]
+        expected = results.mean_path(runs, arm)
+        assert len(shown) == len(expected) == 5
+        for (length, accuracy), (expected_length, expected_accuracy) in zip(shown, expected):
+            assert length == pytest.approx(expected_length, abs=0.02)
+            assert accuracy == pytest.approx(expected_accuracy, abs=0.02)
+        assert f"stroke: {colour.lower()}" in style
+    assert len({colour for _, colour, _, _ in results.STYLES}) == 4
+
+
+def test_a_curve_is_a_mean_over_the_seeds_that_have_the_arm():
+    """Lengths 60 and 50 -> 55, accuracies 0.9 and 0.7 -> 80 %; the third seed lacks the arm."""
+    one, two = [[0, 60, 0.9], [10, 40, 1.0]], [[0, 50, 0.7], [10, 30, 0.9]]
+    runs = [{"a": {"path": one}}, {"a": {"path": two}}, {"b": {"path": two}}]
+    assert results.mean_path(runs, "a") == [(55, pytest.approx(80)), (35, pytest.approx(95))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The anatomy
+
+
+def test_slips_and_checks_by_hand():
+    """27+8=33 is a slip and is checked; 35*2=70 is right and is not; a check at the start has no step."""
+    text = "Wait, 1+1=2 ok. 27+8=33. Wait, 27+8=35 no. 35*2=70. 70-1=69. Wait, 70-1=69 ok."
+    assert anatomy.checks(text) == [[True, True], [False, False], [False, True]]
+    assert anatomy.measure_habits([SimpleNamespace(text=text)]) == {"slips": pytest.approx(1 / 3),
+        "checked_after_a_slip": 1, "checked_after_a_right_result": 0.5}
+
+
+def test_problems_are_sorted_by_what_sft_gets_right():
+    """Four responses to each of three problems: SFT has 4, 3 and 1 right. Before, the first problem has 2
+    of 4 right at 10 tokens; after, all at 5."""
+
+    def rollouts(right_counts, lengths, text="Wait"):
+        made = []
+        for right, length in zip(right_counts, lengths):
+            for label in ["correct"] * right + ["incorrect"] * (4 - right):
+                made.append(SimpleNamespace(label=label, response_ids=[0] * length, text=text))
+        return made
+
+    by_sft, by_before = rollouts([4, 3, 1], [1, 1, 1]), rollouts([2, 4, 0], [10, 20, 30])
+    by_after = rollouts([4, 4, 1], [5, 10, 15], "no word")
+    rows = anatomy.measure_difficulty(by_sft, by_before, by_after, 4)
+    assert rows["all"] == {"problems": 1, "accuracy_before": 0.5, "length_before": 10, "doubt_before": 1,
+        "accuracy_after": 1, "length_after": 5, "doubt_after": 0}
+    assert rows["three quarters"]["length_before"] == 20 and rows["fewer"]["accuracy_after"] == 0.25
+    assert rows["half"] == dict.fromkeys(rows["all"]) | {"problems": 0}  # no problem: nothing to average
+
+
+def test_seeds_are_averaged_key_by_key():
+    """A token that one seed hardly uses is left out; a figure that one seed lacks is the others' mean."""
+    assert anatomy.merge([{"a": 1, "b": [1, 2], "c": 5}, {"a": 3, "b": [3, None]}]) == {"a": 2, "b": [2, 2]}
