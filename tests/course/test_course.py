@@ -625,6 +625,10 @@ def test_the_instructor_has_an_answer_to_everything():
     assert len(questions) == 12 and questions == set(re.findall(r"(?m)^\*\*(Q\d+)\.\*\* ", INSTRUCTOR))
     for number in range(len(course.EXERCISES) + 2):
         assert re.search(rf"(?m)^\*\*{number}\.\*\* ", INSTRUCTOR), number
+    answers = INSTRUCTOR.partition("## Answers to the questions")[2]
+    code = "".join((ROOT / name).read_text() for name in course.CODE)
+    named = re.findall(r"`(?:\w+\.)?([a-z_]+)`", answers)
+    assert len(named) > 8 and not [name for name in named if f"def {name}(" not in code]
 
 
 def test_the_reference_table_is_what_the_runs_gave():
