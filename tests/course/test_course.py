@@ -15,10 +15,10 @@ import course
 import pytest
 import test_exercises
 import weak_verifier
-from conftest import ROOT
 
 from verify import verify
 
+ROOT = course.ROOT
 COURSE = ROOT / course.COURSE
 README, INSTRUCTOR = (COURSE / "README.md").read_text(), (COURSE / "INSTRUCTOR.md").read_text()
 
