@@ -585,7 +585,7 @@ def test_a_sampler_with_weights_of_its_own(base, luck, stage, monkeypatch):
     for sampler in (rollout.HFSampler, Copying):
         shutil.rmtree("out", ignore_errors=True)
         monkeypatch.setattr(rollout, "HFSampler", sampler)
-        train(stage, base, "--eval-every 1 --lr 0.02", steps=3)
+        train(stage, base, "--eval-every 1 --lr 0.1 --max-new-tokens 60", steps=3)
         logs.append([{key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
             for row in read_rows("out/metrics.jsonl")])  # fmt: skip
     assert logs[0] == logs[1]
@@ -616,7 +616,8 @@ def test_the_mean_reward_is_that_of_all_that_was_sampled(base, luck):
 def test_clip_frac_is_that_of_the_last_update(base, luck):
     """On the first update of a batch the ratio is 1, and nothing is clipped: logged from there it is 0 for ever."""
     rows, _ = train(rlvr, base, "--updates-per-batch 3 --lr 0.02 --clip-low 0.01 --clip-high 0.01")
-    assert all(row["ratio/clip_frac"] > 0 and abs(row["kl/sample_train"]) < 1e-6 for row in rows)
+    rows = [row for row in rows if "grad_norm" in row]  # where a group was kept
+    assert rows and all(row["ratio/clip_frac"] > 0 and abs(row["kl/sample_train"]) < 1e-6 for row in rows)
 
 
 def test_with_a_matched_budget_no_more_is_measured_than_trained_on(base, luck, monkeypatch):
