@@ -17,9 +17,9 @@ base, and a chain of equalities that ends in one of these are values. Where the 
 such as \\sqrt{3} or x^2 - 1, a formula of the question that has its value is still accepted.
 
 Not read, so equal to the same text only: sums, integrals, floors, absolute values, binomials, \\mp,
-\\approx, hyperbolic functions, f(x) = 2x, f(0), factorials of names, 0.\\overline{3}, set algebra but
+\\approx, hyperbolic functions, f(x) = 2x, f(0), n!, 0.\\overline{3}, \\mathbb{R}, set algebra other than
 unions of intervals, {x | x > 3}, x < 5 as an interval, x = 1, y = 2 as a tuple, a factor before a
-matrix, "Area = 5", (B) 42, x², units to be converted. Rewrite such golds, or leave them out.
+matrix, "Area = 5", (B) 42, 2 1/3, units to be converted. Rewrite such golds, or leave them out.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
 (sympy's parsers run Python), and what is read is kept as numbers of 150 digits: nothing grows, and
@@ -43,7 +43,7 @@ import mpmath
 
 MAX_RESPONSE, MAX_TAIL = 1_000_000, 20_000  # characters: more is no answer; where one is sought
 MAX_ANSWER, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 2_000, 300, 60, 30  # of one answer
-MAX_DIGITS, MAX_STEPS = 400, 6_000  # of an exact number; to compute values in one verdict
+MAX_DIGITS, MAX_STEPS = 400, 3_000  # of an exact number; to compute values in one verdict
 MP = mpmath.MPContext()  # our own, so that its precision is never changed from elsewhere
 MP.dps = 150
 MAX_SIZE, NOISE = 10**40, MP.mpf(10) ** -100  # see `compute`
@@ -203,8 +203,8 @@ def mixed(match):
 
 SPELLINGS = [(re.compile(pattern, re.A), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\\! ?|\\[,!;: ]|~)(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
-    (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\(?:displaystyle|q?quad|[bB]igg?[lr]?|rm|bf|f?box(?:ed)?)"
-        r"(?![A-Za-z])|(?<!\\)\\[][,;:!() ]|[~`]|\\hspace\s*\{[^{}]*\}", " "),
+    (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\(?:displaystyle|q?quad|[bB]igg?[lr]?|rm|bf|f?box"
+        r"(?:ed)?)(?![A-Za-z])|(?<!\\)\\[][,;:!() ]|[~`]|\\hspace\s*\{[^{}]*\}", " "),
     *[(r"\\((?:text|math)(?:bf|it|rm|sf|tt|normal)?|[mh]box|operatorname|boldsymbol)\*?"
         r"\s*\{([^{}]*)\}", unfont)] * 2,  # twice: text in text
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\s+", " "),
@@ -261,7 +261,8 @@ def split_unit(text):
     exponent = {"square ": "^2", "cubic ": "^3"}.get(power, exponent and "^" + exponent)
     names = []
     for word in filter(None, words):
-        stems = (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es"))
+        word = word if word in UNITS else word.lower()
+        stems = (word, word.removesuffix("s"), word.removesuffix("es"))
         names += [UNITS[stem] for stem in stems if stem in UNITS][:1] or [""]
     if "" in names or len(set(names)) < len(names) or power and match[4]:
         return text, ""
@@ -300,11 +301,13 @@ def apply(op, *values):
     if not all(isinstance(value, Value) for value in values):
         raise ValueError("a collection or a relation where a number is needed")
     names = frozenset().union(*(value.names for value in values))
-    WORK.steps = getattr(WORK, "steps", 0) + (8 if names else 1) * (1 if op in "+-*/" else 8)
+    count = 8 if names else 1
+    cost = 1 if op in "+-*/" else 3 if op == "^" else 8
+    WORK.steps = getattr(WORK, "steps", 0) + count * cost
     if WORK.steps > MAX_STEPS:
         raise ValueError("too much to compute")
-    columns = zip(*(value.at if len(value.at) > 1 or not names else value.at * 8 for value in values))
-    at = tuple(compute(op, *numbers) for numbers in columns)
+    numbers = zip(*(value.at * (count // len(value.at)) for value in values))
+    at = tuple(compute(op, *arguments) for arguments in numbers)
     ops = frozenset([op]).union(*(value.ops for value in values))
     return Value(op, at, find_exact(op, *values), names, ops)
 
@@ -328,7 +331,7 @@ def compute(op, *numbers):
 
 
 def find_exact(op, first, last=None):
-    """Of a number with its sign, a percentage, degrees, a factorial, a fraction, one power, 3*10^4"""
+    """Of a number, its negative, a percentage, degrees, a factorial, a fraction, a power, 3*10^4"""
     a, b = first.exact, last.exact if last else Fraction(1)
     if None in (a, b) or max(height(a), height(b)) > 10**MAX_DIGITS:
         return None
@@ -341,9 +344,8 @@ def find_exact(op, first, last=None):
     if op == "^" and a and first.ops <= {"number", "/"} and last.op == "number" and (
             b.denominator == 1 and abs(b) * math.log10(height(a)) <= MAX_DIGITS):
         return a ** int(b)
-    if op == "*" and first.op == "number" and last.op == "^" and re.fullmatch("10+", str(height(b))):
-        return a * b
-    return None
+    ten = op == "*" and last.op == "^" and re.fullmatch("10+", str(height(b)))
+    return a * b if ten and first.op == "number" else None
 
 
 def height(fraction):
@@ -351,13 +353,14 @@ def height(fraction):
 
 
 def number(fraction):
-    at = compute("/", MP.mpf(fraction.numerator), MP.mpf(fraction.denominator))
+    """With over 40 digits it is exact only: to a formula such as \\pi it could come too near."""
+    at = MP.mpf(fraction.numerator) / fraction.denominator if height(fraction) < MAX_SIZE else MP.nan
     return Value("number", (at,), fraction, frozenset(), frozenset(["number"]))
 
 
 def symbol(name):
-    """A name has the same 8 numbers in every text, positive at the first 4 points. Their denominators
-    are odd, so that (-1)^(2n) is 1, see `power`."""
+    """A name has the same 8 numbers in every text; at the first 4 points they are positive. They
+    have odd denominators, so that (-1)^(2n) is 1, see `power`."""
     rng, at = random.Random(name), []
     for i, below in enumerate((11, 13, 17, 19, 11, 13, 17, 19)):
         sign = -1 if i > 3 and name != BASE and rng.random() < 0.5 else 1
@@ -385,8 +388,9 @@ TOKEN = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?|(?!\\log)(?:\\[a-z
 LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi"
     r"|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)|[A-Za-z]")
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=", r"\in")
-BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), -9), r"\\": -2, "&": -1, ",": 0, "and": 0, "or": 0, **dict.fromkeys(RELATIONS, 1), r"\cup": 2,
-    "+": 3, "-": 3, "*": 4, "/": 4, "^": 6, "!": 7, "%": 7, r"\degree": 7}  # 5: a sign before
+BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), -9), r"\\": -2, "&": -1,
+    ",": 0, "and": 0, "or": 0, **dict.fromkeys(RELATIONS, 1), r"\cup": 2, "+": 3, "-": 3, "*": 4,
+    "/": 4, "^": 6, "!": 7, "%": 7, r"\degree": 7}  # 5: a sign before
 CLOSING = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), r"\{": (r"\}",),
     r"\matrix": (r"\endmatrix",)}
 CONSTANTS = {name: Value(name, (value,), None, frozenset(), frozenset([name])) for name, value in (
@@ -660,17 +664,19 @@ def same_items(answer, gold):
 
 def same_relation(answer, gold):
     """2y = 4x + 2 is y = 2x + 1: the differences of the sides have one ratio at all points."""
-    if answer.op != gold.op or gold.op == r"\in":
+    names = [left.names | right.names for left, right in (answer.args, gold.args)]
+    if answer.op != gold.op or gold.op == r"\in" or names[0] != names[1]:
         return False
     solved = {x.op for x in gold.args} == {"symbol", "number"}
     if solved and any(x.ops & {"+", "-"} or not x.names and x.exact is None for x in answer.args):
         return False  # x + 2 = 7 is not x = 5, but the question
     pairs = pairs_of(apply("-", *answer.args), apply("-", *gold.args))
     pairs = [(x, y) for x, y in pairs if x or y]
-    if len(pairs) < 3 or not all(x and y and near(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs):
+    if len(pairs) < 3 or not all(x and y for x, y in pairs):
         return False
-    ratio = pairs[0][0] / pairs[0][1]
-    return gold.op in ("=", "!=") or not ratio.imag and ratio > 0
+    ratios = [x / y for x, y in pairs]
+    positive = not ratios[0].imag and ratios[0] > 0
+    return all(near(ratio, ratios[0]) for ratio in ratios) and (gold.op in ("=", "!=") or positive)
 
 
 # --------------------------------------------------------------------------------------------------
