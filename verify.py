@@ -399,11 +399,10 @@ CONSTANTS = {name: Value(name, (value,), None, frozenset(), frozenset([name])) f
 
 
 def parse_math(text, join_thousands=True):
-    """The text of an answer, in LaTeX, Unicode or plain writing -> a Value, or a Group of them.
+    """The text of an answer, as `normalize` returns it -> a Value, or a Group of them.
 
     A sign \\pm makes a list of all its values. Raises ValueError.
     """
-    text = normalize(text)
     if is_words(text):
         raise ValueError("words")
     if join_thousands and not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates

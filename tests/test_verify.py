@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import verify as verify_module
-from verify import extract_answer, parse_math, show, verify, verify_batch
+from verify import extract_answer, normalize, parse_math, show, verify, verify_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -760,14 +760,14 @@ def test_not_text(response, gold):
 
 def test_parse_math_says_what_it_cannot_read():
     """A parser that returns None for everything strange hides its own bugs."""
-    assert show(parse_math(r"\frac{2}{4}")) == "1/2"
+    assert show(parse_math(normalize(r"\dfrac{2}{4}"))) == "1/2"
     for text, reason in [(r"\int x", "int"), ("3 wrongs", "wrong"), ("(1", "'' where"), ("x" + "^2" * 3, "twice"),
             ("1 2", "side by side"), ("x" * 2001, "longer"), ("1\u202e2", "not expected"), ("f(0)", "function"),
             ("9" * 401, "large"), ("{" * 70 + "1" + "}" * 70, "deep"), ("1," * 40 + "1", "items"),
             ("2^{" * 30 + "x" + "}" * 30, "")]:
         if reason:
             with pytest.raises(ValueError, match=reason):
-                parse_math(text)
+                parse_math(normalize(text))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -898,7 +898,7 @@ def test_random_expressions():
     rng, checked = random.Random(0), 0
     for _ in range(300):
         e = random_expression(rng, rng.randrange(1, 4))
-        value = parse_math(e)
+        value = parse_math(normalize(e))
         known = [x for x in value.at if verify_module.MP.isfinite(x)]
         if len(known) < (4 if value.names else 1) or value.exact is not None:
             continue  # defined nowhere, or a number, of which no formula is an answer
