@@ -17,9 +17,9 @@ base, and a chain of equalities that ends in one of these are values. Where the 
 such as \\sqrt{3} or x^2 - 1, a formula of the question that has its value is still accepted.
 
 Not read, so equal to the same text only: sums, integrals, floors, absolute values, binomials, \\mp,
-\\approx, hyperbolic functions, f(x) = 2x, f(0), n!, 0.\\overline{3}, \\mathbb{R}, set algebra other than
-unions of intervals, {x | x > 3}, x < 5 as an interval, x = 1, y = 2 as a tuple, a factor before a
-matrix, "Area = 5", (B) 42, 2 1/3, units to be converted. Rewrite such golds, or leave them out.
+\\approx, hyperbolic functions, f(x) = 2x, f(0), n!, 0.\\overline{3}, \\mathbb{R}, {x | x > 3}, set
+algebra other than unions of intervals, x < 5 as an interval, x = 1, y = 2 as a tuple, a factor
+before a matrix, "Area = 5", (B) 42, 2 1/3, units to be converted. Rewrite such golds, or drop them.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
 (sympy's parsers run Python), and what is read is kept as numbers of 150 digits: nothing grows, and
@@ -83,14 +83,11 @@ def compare_texts(text, gold):
     (text, unit), (gold, gold_unit) = split_unit(text), split_unit(gold)
     if unit and gold_unit and unit != gold_unit:
         return False, f"{unit} is not {gold_unit}"
-    answer = parse_math(text)
-    if answer.names and unit not in ("", "degree"):
-        raise ValueError("a unit behind a formula")
-    equal, why = compare(answer, parse_math(gold), gold_unit)
-    if not equal and re.search(r"\d,\d{3}", text + gold):  # 100,200 may be two numbers
-        lists = parse_math(text, False), parse_math(gold, False)
-        equal, why = compare(*lists) if lists[0].op == lists[1].op == "list" else (equal, why)
-    return equal, why
+    answer, gold = parse_math(text), parse_math(gold)
+    plain = ("", "degree")
+    if answer.names and unit not in plain or gold.names and gold_unit not in plain:
+        raise ValueError("a unit behind a formula: in 2x^3 ml it may be m times l")
+    return compare(answer, gold, gold_unit)
 
 
 CHOICE = re.compile(r"(?:[Oo]ption )?\(? ?([A-Z]) ?[).:]?")
@@ -354,7 +351,8 @@ def height(fraction):
 
 def number(fraction):
     """With over 40 digits it is exact only: to a formula such as \\pi it could come too near."""
-    at = MP.mpf(fraction.numerator) / fraction.denominator if height(fraction) < MAX_SIZE else MP.nan
+    short = height(fraction) < MAX_SIZE
+    at = MP.mpf(fraction.numerator) / fraction.denominator if short else MP.nan
     return Value("number", (at,), fraction, frozenset(), frozenset(["number"]))
 
 
@@ -398,14 +396,14 @@ CONSTANTS = {name: Value(name, (value,), None, frozenset(), frozenset([name])) f
     r"\emptyset": Group("set", ())}
 
 
-def parse_math(text, join_thousands=True):
+def parse_math(text):
     """The text of an answer, as `normalize` returns it -> a Value, or a Group of them.
 
     A sign \\pm makes a list of all its values. Raises ValueError.
     """
     if is_words(text):
         raise ValueError("words")
-    if join_thousands and not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates
+    if not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates
         text = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])",
             lambda match: match[0].replace(",", ""), text)
     tokens = []
@@ -425,8 +423,8 @@ def parse_math(text, join_thousands=True):
         signs = iter(choices)
         parser = Parser([next(signs) if token == r"\pm" else token for token in tokens])
         value = parser.parse(0)
-        if parser.peek() or count and value.op in RELATIONS[1:]:
-            raise ValueError(f"{parser.peek() or chr(177)!r} was not expected")
+        if parser.peek():
+            raise ValueError(f"{parser.peek()!r} was not expected")
         values += value.args if count and value.op in ("list", "set") else [value]
     return Group("list", tuple(dict.fromkeys(values))) if count else value
 

@@ -181,6 +181,7 @@ KINDS = {
         8 cm == 8^\circ
         8 meals == 8 cm
         8 halves == 8
+        2x^3 ml == 2x^3
         8 dozen == 8
         8 squared == 8
         8 km/h == 8 km
@@ -581,6 +582,9 @@ KINDS = {
         2\frac{\;1}{2} == 1
         3\frac{3}{2} == \frac92
         3\frac12 == \frac32
+        2\frac{3}{2}x == 3x
+        x2 == 2x
+        \sqrt{2}3 == 3\sqrt2
         """),
     "values, not the question again": ("Where the gold is a number, what still has to be computed is no answer: a policy would copy.", r"""
         \frac{14}{2} == 7
