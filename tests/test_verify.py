@@ -551,7 +551,8 @@ KINDS = {
         f(x) == fx
         f^{-1}(0) == 0
         """),
-    "tiny and large numbers": ("A tolerance turns a tiny number into 0, an overflow a large one into anything.", "", "", r"""
+    "tiny and large numbers": ("A tolerance turns a tiny number into 0, an overflow a large one into anything.",
+        "", "", r"""
         e^{-400} == 0
         e^{-90} == 0
         \frac{e^{400}-e^{-400}}{e^{400}+e^{-400}} == 1
@@ -570,14 +571,16 @@ KINDS = {
         \infty == 10^{40}
         1/0 == \infty
         """),
-    "points where a value is complex": ("A formula that agrees only where it was looked at is another formula.", "", "", r"""
+    "points where a value is complex": ("A formula that agrees only where it was looked at is another formula.",
+        "", "", r"""
         x+(\sqrt{x^2}-x) == x
         \sqrt{-x}+x-\sqrt{-x}+1 == x
         (-1)^{2n} == (-1)^n
         \ln x^2 == (\ln x)^2
         (-1)^n == 1
         """),
-    "mixed numbers": ("2\\frac12 is 5/2, however it is spaced; what could be a product is refused.", "", "", r"""
+    "mixed numbers": ("2\\frac12 is 5/2, however it is spaced; what could be a product is refused.",
+        "", "", r"""
         2\frac{ 1 }{ 2 } == 1
         2\frac{\;1}{2} == 1
         3\frac{3}{2} == \frac92
@@ -586,7 +589,8 @@ KINDS = {
         x2 == 2x
         \sqrt{2}3 == 3\sqrt2
         """),
-    "values, not the question again": ("Where the gold is a number, what still has to be computed is no answer: a policy would copy.", r"""
+    "values, not the question again": ("Where the gold is a number, what still has to be computed is no answer: a policy would copy.",
+        r"""
         \frac{14}{2} == 7
         14/2 == 7
         7.0 == 7
@@ -628,7 +632,8 @@ KINDS = {
         3x-15=0 == 5
         x+1>6 == (5,\infty)
         """),
-    "not read": ("Equal, but of a kind that real data hardly needs: refused, as the docstring says.", "", "", r"""
+    "not read": ("Equal, but of a kind that real data hardly needs: refused, as the docstring says.",
+        "", "", r"""
         2 1/3 == 7/3
         {3 \over 4} == 3/4
         0.\overline{3} == \frac13
@@ -670,7 +675,8 @@ KINDS = {
 
 
 def lines(text):
-    return [tuple(part.strip() for part in line.split(" == ")) for line in text.strip().split("\n") if line.strip()]
+    some = [line for line in text.split("\n") if line.strip()]
+    return [tuple(part.strip() for part in line.split(" == ")) for line in some]
 
 
 PAIRS = []  # (kind, what stands in the box, gold, whether they are equal)
@@ -681,7 +687,10 @@ for kind, (_, both, one_way, neither) in KINDS.items():
 GOLDS = sorted({gold for _, _, gold, _ in PAIRS})
 
 
-@pytest.mark.parametrize("kind, answer, gold, equal", PAIRS, ids=[f"{kind}: {a} | {b}" for kind, a, b, _ in PAIRS])
+IDS = [f"{kind}: {answer} | {gold}" for kind, answer, gold, _ in PAIRS]
+
+
+@pytest.mark.parametrize("kind, answer, gold, equal", PAIRS, ids=IDS)
 def test_pair(kind, answer, gold, equal):
     """Each family, as its sentence in KINDS says, in both directions."""
     assert verify(f"So \\boxed{{{answer}}}.", gold) is equal, f"{kind}: {KINDS[kind][0]}"
@@ -767,11 +776,9 @@ def test_parse_math_says_what_it_cannot_read():
     assert show(parse_math(normalize(r"\dfrac{2}{4}"))) == "1/2"
     for text, reason in [(r"\int x", "int"), ("3 wrongs", "wrong"), ("(1", "'' where"), ("x" + "^2" * 3, "twice"),
             ("1 2", "side by side"), ("x" * 2001, "longer"), ("1\u202e2", "not expected"), ("f(0)", "function"),
-            ("9" * 401, "large"), ("{" * 70 + "1" + "}" * 70, "deep"), ("1," * 40 + "1", "items"),
-            ("2^{" * 30 + "x" + "}" * 30, "")]:
-        if reason:
-            with pytest.raises(ValueError, match=reason):
-                parse_math(normalize(text))
+            ("9" * 401, "large"), ("{" * 70 + "1" + "}" * 70, "deep"), ("1," * 40 + "1", "items")]:
+        with pytest.raises(ValueError, match=reason):
+            parse_math(normalize(text))
 
 
 # ---------------------------------------------------------------------------------------------------
