@@ -21,8 +21,9 @@ after it is large. The paper leaves it out, as GKD does (arXiv 2306.13649), and 
 
 KL_t is a loss, not an advantage. Used as the advantage of y_t in a policy gradient, it does nothing
 to that token: it is the same number whatever y_t is, so E[KL_t * grad log pi_S(y_t)] = KL_t * grad
-sum_v pi_S(v) = KL_t * grad 1 = 0. (log pi_T(y_t) - log pi_S(y_t) depends on y_t. As an advantage
-its expected gradient is that of -KL_t: the same direction, with more noise.)
+sum_v pi_S(v) = KL_t * grad 1 = 0. (A filter on whole responses leaves a remainder, which is not the
+gradient of L either.) What does depend on y_t is log pi_T(y_t) - log pi_S(y_t): as an advantage its
+expected gradient is that of -KL_t, with more noise.
 
 Logits of a batch would be the run's largest tensors; they exist a chunk of tokens at a time
 (rollout.in_chunks). Left out: top-k or sampled-token divergences, several GPUs.
@@ -37,17 +38,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import Interrupt, add_run_flags, append_jsonl, check_context, collate, draw, evaluate
-from rollout import fail, fitting, in_chunks, k3_kl, label_rollouts, load_model, load_problems
-from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
-from rollout import positive, render_prompt, require_solutions, response_hidden_states, run_in
-from rollout import sampler_log_probs, save_checkpoint, share, start_run, summarize, token_log_probs
+from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, check_context, collate, draw
+from rollout import evaluate, fail, fitting, in_chunks, k3_kl, label_rollouts, load_model
+from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
+from rollout import parse_args, positive, render_prompt, require_solutions, response_hidden_states
+from rollout import run_in, sampler_log_probs, save_checkpoint, share, start_run, summarize
+from rollout import token_log_probs
 from verify import verify_batch
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Formatter)
     add = parser.add_argument
     add("--init", default="ckpt/rlvr",
         help="model to start from: a checkpoint folder or a Hugging Face name")
@@ -91,6 +92,8 @@ def get_args():
         fail("--only-correct and --only-incorrect exclude each other; neither: all rollouts")
     if not 0 < args.beta < 1:
         fail(f"--beta {args.beta} not in (0, 1); at its ends, use --divergence forward or reverse")
+    if args.teacher == "refresh" and args.refresh_every > args.steps:
+        fail(f"--refresh-every {args.refresh_every}: never, in {args.steps} steps; give fewer")
     if args.context == "rollout" and args.group_size < 2:
         fail("--context rollout shows the teacher a sibling rollout: give --group-size 2 or more")
     return args
@@ -128,8 +131,8 @@ def divergence(student_logits, teacher_logits, kind="reverse", beta=0.5, is_corr
 
 def chunked_divergence(student_hidden, teacher_hidden, student_head, teacher_head, is_correct,
         kind, beta, temperature=1.0):
-    """`divergence` from hidden states (N, H), a chunk of tokens at a time -> (N,). Value and gradient
-    are those of all tokens at once."""
+    """`divergence` from hidden states (N, H), a chunk of tokens at a time -> (N,). The value and
+    the gradient are those of all tokens at once."""
 
     def of_chunk(student_chunk, teacher_chunk, correct_chunk):
         with torch.no_grad():

@@ -34,15 +34,15 @@ from pathlib import Path
 
 import torch
 
-from rollout import Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate, fail, fitting
-from rollout import k3_kl, label_rollouts, load_model, load_problems, log_samples, make_sampler
-from rollout import micro_batches, not_negative, number, parse_args, positive, render_prompt, run_in
-from rollout import sampler_log_probs, save_checkpoint, share, start_run, summarize, token_log_probs
+from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate, fail
+from rollout import fitting, k3_kl, label_rollouts, load_model, load_problems, log_samples
+from rollout import make_sampler, micro_batches, not_negative, number, parse_args, positive
+from rollout import render_prompt, run_in, sampler_log_probs, save_checkpoint, share, start_run
+from rollout import summarize, token_log_probs
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Formatter)
     add = parser.add_argument
     add("--init", default="ckpt/sft",
         help="model to start from: a checkpoint folder or a Hugging Face name")
@@ -107,7 +107,8 @@ def grpo_clip_loss(policy_log_probs, old_log_probs, advantages, clip_low, clip_h
     """Per-token loss (B, T), and whether the clip took the token's gradient (B, T) bool.
 
     policy_log_probs, old_log_probs (B, T), advantages (B, 1). PPO's clipped objective (arXiv
-    1707.06347, eq. 7) with a clip for each side, and a cap on the ratio, which counts for A < 0.
+    1707.06347, eq. 7) with a clip for each side, and a cap on the ratio, which counts for A < 0, as
+    in dual-clip PPO (arXiv 1912.09729): above the cap the gradient is 0, too.
     """
     ratio = torch.exp(policy_log_probs - old_log_probs).clamp(max=ratio_cap)  # rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -773,6 +773,13 @@ def k3_kl(p_log_probs, q_log_probs):
 # A run and its folder: flags, resume, lock, logs, saves, Ctrl-C
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default, where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def number(low, high=math.inf, kind=float):
     """An argparse type: a finite number of this kind, from `low` to `high`."""
     def read(text):
@@ -831,7 +838,8 @@ def parse_args(parser):
     """The flags; with --resume the saved ones, with which any given must agree."""
     parser.error = fail  # one line, without the usage
     args = parser.parse_args()
-    out = Path(args.out)
+    out = Path(args.out)  # without the slash that a shell may leave at its end
+    out = out.resolve() if out.is_symlink() else out
     recover_checkpoint(out)
     if args.resume:
         args = saved_args(parser, out)
@@ -846,6 +854,7 @@ def parse_args(parser):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     require_device(args.device)
+    args.out = str(out)
     saved = trained_with(args.init)
     if not args.data:
         args.data, args.columns = saved["data"], saved["columns"]
@@ -882,6 +891,8 @@ def only_run_in(folder):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError  # a run that was just ending has removed this very file
         except BlockingIOError:
             fail(f"{folder}: another run is at work there: let it end, or name another --out")
         try:
@@ -900,12 +911,12 @@ def run_in(out, args):
         with only_run_in(out), autocast:
             yield
     except torch.OutOfMemoryError:
-        fail(f"out of memory on {args.device}: --resume goes on from the last save, also with "
-            f"a lower --micro-batch-size (now {args.micro_batch_size}) or with "
+        fail(f"out of memory on {args.device}: --resume goes on from a save, if there is one, "
+            f"also with a lower --micro-batch-size (now {args.micro_batch_size}) or with "
             "--gradient-checkpointing; a new run may lower --max-new-tokens or take bfloat16")
     except OSError as error:  # no room, no permission
-        fail(f"{error.filename or out}: {error.strerror or error}; mend that, and go on from the "
-            "last save with --resume")
+        fail(f"{error.filename or out}: {error.strerror or error}; mend that, and go on with "
+            "--resume from the last save, if there is one")
 
 
 def start_run(args, optimizer):
@@ -927,7 +938,10 @@ def start_run(args, optimizer):
         # Drop what came after the save, and a line that was cut off.
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= state["step"]]
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= state["step"]]
+        except (ValueError, TypeError, KeyError) as error:
+            fail(f"{log}: a damaged line ({error}): mend or delete that line")
         log.with_suffix(".new").write_text("".join(kept), encoding="utf-8")
         log.with_suffix(".new").replace(log)
     return state
@@ -954,12 +968,14 @@ def save_checkpoint(args, model, tokenizer, optimizer, state):
         torch.save({**state, "optimizer": optimizer.state_dict()}, new / "trainer_state.pt")
         for path in out.iterdir():  # the logs, and whatever else somebody keeps there
             if not (new / path.name).exists():
-                copy = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, new / path.name)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, new / path.name, symlinks=True)
+                else:
+                    shutil.copy2(path, new / path.name, follow_symlinks=False)
     except Exception as error:  # of many types: each library has its own for a full disk
         shutil.rmtree(new, ignore_errors=True)
-        fail(f"{new}: step {state['step']} cannot be saved there: {reason(error)}; make room, then "
-            f"--resume goes on from the last save, which {out} still holds")
+        fail(f"{new}: step {state['step']} cannot be saved there: {reason(error)}; mend that (is the "
+            f"disk full?). What {out} held is still there: --resume goes on from its save, if any")
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
     new.rename(out)

@@ -32,16 +32,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rollout import APPLY, INSTRUCTION, PRIVILEGED, Interrupt, add_run_flags, append_jsonl
-from rollout import check_context, collate, draw, evaluate, fail, fitting, load_model, load_problems
-from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
-from rollout import positive, render_prompt, require_solutions, run_in, save_checkpoint
+from rollout import APPLY, INSTRUCTION, PRIVILEGED, Formatter, Interrupt, add_run_flags
+from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting, load_model
+from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
+from rollout import parse_args, positive, render_prompt, require_solutions, run_in, save_checkpoint
 from rollout import sequence_length, share, start_run, summarize, token_log_probs
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Formatter)
     add = parser.add_argument
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name; without "
         "it a tiny one is made from scratch")

@@ -282,6 +282,7 @@ def test_eval_refuses_what_does_not_fit(base):
         ("--divergence jsd --beta 1", "--beta"),
         ("--divergence jsd --beta 0", "--beta"),
         ("--context rollout", "--group-size"),
+        ("--teacher refresh", "--refresh-every 50: never"),
     ],
 )
 def test_opsd_flags(base, flags, says):

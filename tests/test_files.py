@@ -181,6 +181,36 @@ def test_what_a_killed_save_left_is_no_hindrance(base):
     assert Path("out/notes.txt").read_text() == "the best so far" and sorted(os.listdir()) == ["out"]
 
 
+def test_a_slash_at_the_end_of_out(base):
+    """A shell completes a folder's name with a slash: OUT/.new was a folder inside OUT, and the first save failed."""
+    assert run_stage(sft, *small(base, sft, out="out/"))[0] == 0
+    assert sorted(os.listdir()) == ["out"] and torch.load("out/trainer_state.pt")["step"] == 2
+
+
+def test_out_is_a_link(base):
+    """A folder of runs on another disk, reached by a link: the link stays, and the run is where it leads."""
+    Path("disk").mkdir()
+    Path("out").symlink_to("disk")
+    assert run_stage(sft, *small(base, sft))[0] == 0
+    assert Path("out").is_symlink() and torch.load("disk/trainer_state.pt")["step"] == 2
+
+
+def test_a_link_that_leads_nowhere_is_kept(base):
+    """One of the user's own in the folder: a save that follows it ends the run."""
+    assert run_stage(sft, *small(base, sft, steps=3), "--stop-after 1")[0] == 0
+    Path("out/gone").symlink_to("nowhere")
+    assert run_stage(sft, "--resume --out out")[0] == 0
+    assert Path("out/gone").is_symlink()
+
+
+def test_a_damaged_line_in_a_log(base):
+    """In the middle, where no kill leaves one: one line that names the file."""
+    assert run_stage(sft, *small(base, sft, steps=3), "--stop-after 1")[0] == 0
+    log = Path("out/metrics.jsonl")
+    log.write_text("half a line\n" + log.read_text())
+    refused(sft, "--resume --out out", says=["metrics.jsonl", "damaged line"])
+
+
 def test_a_live_save_is_not_undone(tmp_path, monkeypatch):
     """Between its two renames a run's folder is gone for a moment. A command that looks just then must wait, and not
     move the old folder into the new one's place."""
