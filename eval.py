@@ -1,4 +1,4 @@
-"""eval.py: checkpoints on the same problems with the same luck: accuracy, length, how sure we are.
+"""eval.py: checkpoints on the same problems: accuracy, length, and how sure we are.
 
     python eval.py ckpt/sft ckpt/rlvr ckpt/opsd                   # a table, and the changes
     python eval.py ckpt/rlvr ckpt/opsd --plot figure.svg --json result.json --samples samples.jsonl
@@ -188,7 +188,7 @@ def evaluate_checkpoint(path, sampler, problems, args):
     rollouts = evaluate(sampler, problems, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, n=args.n, seed=args.seed, thinking=args.thinking)
     seconds = time.time() - start
-    measured = []  # a row a problem: the mean over its n responses
+    measured = []  # a row for each problem: the mean over its n responses
     for first in range(0, len(rollouts), args.n):
         group = rollouts[first : first + args.n]
         correct = sum(r.label == "correct" for r in group)
@@ -360,7 +360,8 @@ def write_shortest(rollouts, args):
 def teacher_gap(model, tokenizer, rollout, thinking):
     """What a model thinks of its response without and with the solution in its prompt.
 
-    -> log-probs (|y|, V) of the student and of the teacher, same weights, same response ids.
+    -> log-probs (|y|, V) of the student and of the teacher: same weights, same response ids, at
+    temperature 1.
     """
     problem, response_ids = rollout.problem, rollout.response_ids
     context = "solution" if problem.solution else "answer"
@@ -384,7 +385,7 @@ def likeliest(log_probs, tokenizer):
 
 
 def measure_tokens(model, tokenizer, rollout, thinking):
-    """-> a dict a response token: its text and position, its probability under student and teacher,
+    """-> a dict for each response token: its text and position, its probability under student and teacher,
     the five likeliest tokens of each, and KL(student || teacher) there, in nats."""
     student, teacher = teacher_gap(model, tokenizer, rollout, thinking)  # (|y|, V) each
     kl = F.kl_div(teacher, student, log_target=True, reduction="none").sum(-1)  # (|y|,)

@@ -918,7 +918,7 @@ def start_run(args, optimizer):
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
         return {"step": 0, "cursor": 0}
     try:
-        state = torch.load(out / "trainer_state.pt", map_location=args.device)
+        state = torch.load(out / "trainer_state.pt", map_location="cpu")
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:  # of many types, one for each way to be damaged
         fail(f"{out / 'trainer_state.pt'}: damaged ({reason(error)}): restore it from a copy, or "

@@ -79,6 +79,23 @@ def test_folder_in_use(base, stage):
     assert read_rows("out/metrics.jsonl")[-1]["step"] == 1
 
 
+@TRAINERS
+def test_overwrite_leaves_nothing_of_the_run_before(base, luck, stage):
+    """The old run's lines before the new one's in the logs are a curve that no run ever had."""
+    for _ in range(2):
+        assert run_stage(stage, *small(base, stage, steps=1), "--overwrite")[0] == 0
+        assert not Path("out/plot.svg").exists()
+        assert [row["step"] for row in read_rows("out/metrics.jsonl")] == [0, 1, 1]
+        Path("out/plot.svg").write_text("<svg/>")
+
+
+def test_overwrite_of_the_data_in_it(base):
+    """--data out/mine.jsonl --out out --overwrite would delete the only copy of the data, once it was read."""
+    run_stage(sft, *small(base, sft, steps=1))
+    write_rows(Path("out/mine.jsonl"), word_problems())
+    refused(sft, *small(base, sft), "--data out/mine.jsonl --overwrite", says=["--data", "--out"])
+
+
 def test_overwrite_of_a_run_without_a_checkpoint(base, monkeypatch):
     """Killed before its first save, a run can't be resumed; but --overwrite starts it anew."""
 
@@ -263,6 +280,7 @@ def test_eval_refuses_what_does_not_fit(base):
     [
         ("--only-correct --only-incorrect", "--only-correct and --only-incorrect"),
         ("--divergence jsd --beta 1", "--beta"),
+        ("--divergence jsd --beta 0", "--beta"),
         ("--context rollout", "--group-size"),
     ],
 )

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -16,11 +17,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 import eval as eval_stage
 import opsd
@@ -480,3 +483,157 @@ def test_bfloat16(base, luck, stage):
     rows, _ = train(stage, base, "--dtype bfloat16 --lr 1e-5")
     check_that_it_trained(base, rows)
     assert any(not torch.equal(x, x.bfloat16().float()) for x in weights("out").values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_that_of_the_computation_at_every_step(tmp_path, dtype):
+    """Autocast keeps its bfloat16 copies of the weights until it ends, and here it ends with the run: each step would
+    compute with the weights of the first. And a --dtype that is not passed on is seen in the speed only."""
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    with rollout.run_in(tmp_path / "out", SimpleNamespace(device="cpu", dtype=dtype, micro_batch_size=1)):
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight += 1  # an update
+        after = layer(x)
+    assert before.dtype == after.dtype == getattr(torch, dtype)
+    assert torch.allclose(after - before, torch.full_like(after, 4.0), atol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a flag says reaches every place that it is about
+
+THREE = pytest.mark.parametrize("stage", [sft, rlvr, opsd], ids=lambda stage: stage.__name__)
+
+
+@THREE
+def test_measured_every_so_many_steps(base, luck, stage):
+    """Before the first step, every --eval-every steps and after the last one: a curve of two points is none."""
+    train(stage, base, "--eval-every 2", steps=5)
+    measured = [row["step"] for row in read_rows("out/metrics.jsonl") if "eval/accuracy" in row]
+    assert measured == [0, 2, 4, 5]
+
+
+@THREE
+def test_flags_of_prompts_and_sampling_hold_everywhere(base, luck, stage, monkeypatch):
+    """One place that forgets --no-thinking trains on, or measures with, a prompt that the model meets nowhere else; one
+    that forgets --temperature measures another policy. Whatever is sampled or trained on is looked at here."""
+    calls, prompts, generate, collate = [], [], rollout.HFSampler.generate, stage.collate
+
+    def sampling(self, asked, *rest, **options):
+        calls.append((len(asked), options["temperature"]))
+        prompts.extend(self.tokenizer.decode(ids) for ids in asked)
+        return generate(self, asked, *rest, **options)
+
+    def collating(read, *rest):  # opsd.py's teacher reads its own prompts
+        prompts.extend(tokenizer.decode(ids) for ids in read)
+        return collate(read, *rest)
+
+    tokenizer = AutoTokenizer.from_pretrained(base / "sft")
+    monkeypatch.setattr(rollout.HFSampler, "generate", sampling)
+    monkeypatch.setattr(stage, "collate", collating)
+    train(stage, base, "--no-thinking --temperature 0.7 --eval-problems 2")
+    assert prompts and all(prompt.endswith("<|assistant|><think></think>") for prompt in prompts)
+    assert {temperature for _, temperature in calls} == {0.7}
+    assert calls[0][0] == calls[-1][0] == 2  # the two measurements
+
+
+@THREE
+def test_gradient_checkpointing_computes_each_layer_twice(base, luck, stage, monkeypatch):
+    """It changes no weight, so that nobody sees when it is off: not passed on to the model, or asked of a model in eval
+    mode. It is seen in the forward passes: each layer's is computed again on the way back."""
+    forwards, forward = [], Qwen3DecoderLayer.forward
+
+    def counting(*args, **kwargs):
+        forwards[-1] += torch.is_grad_enabled()  # without: sampling, measuring, a teacher
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", counting)
+    for flags in ("", "--gradient-checkpointing"):
+        shutil.rmtree("out", ignore_errors=True)
+        forwards.append(0)
+        train(stage, base, flags, steps=1)
+    assert forwards[1] == 2 * forwards[0] > 0
+
+
+@THREE
+def test_the_attention_that_was_asked_for(base, luck, stage, monkeypatch):
+    """All of them compute the same: a flag that is lost shows in nothing but memory and time."""
+    seen, make_sampler = [], stage.make_sampler
+
+    def making(model, *rest):
+        seen.append(model.config._attn_implementation)
+        return make_sampler(model, *rest)
+
+    monkeypatch.setattr(stage, "make_sampler", making)
+    train(stage, base, "--attn-implementation eager", steps=1)
+    assert seen == ["eager"]
+
+
+@THREE
+def test_a_sampler_with_weights_of_its_own(base, luck, stage, monkeypatch):
+    """vLLM has a copy of the weights, HFSampler the trainer's own: a sync that is left out, or comes too late, is seen
+    with vLLM alone, which few tests can run. A sampler that copies as vLLM does must leave the same run."""
+
+    class Copying(rollout.HFSampler):
+        def __init__(self, model, *rest):
+            super().__init__(copy.deepcopy(model), *rest)
+
+        def sync(self, model):
+            self.model.load_state_dict(model.state_dict())
+
+    logs = []
+    for sampler in (rollout.HFSampler, Copying):
+        shutil.rmtree("out", ignore_errors=True)
+        monkeypatch.setattr(rollout, "HFSampler", sampler)
+        train(stage, base, "--eval-every 1 --lr 0.1 --max-new-tokens 60", steps=3)
+        logs.append([{key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+            for row in read_rows("out/metrics.jsonl")])  # fmt: skip
+    assert logs[0] == logs[1]
+    measured = [row for row in logs[0] if "eval/accuracy" in row]
+    assert measured[0]["eval/len_mean"] != measured[-1]["eval/len_mean"], "nothing to see: the weights hardly moved"
+
+
+def test_columns_are_remembered(base, luck):
+    """--columns is said once: the next stage reads the same file by the same names."""
+    rows = [{"Q": row["question"], "A": row["answer"], "answer": "0"} for row in word_problems(30)]
+    data = write_rows(Path("mine.jsonl"), rows)
+    flags = "--columns problem=Q,answer=A --steps 1 --out first"
+    assert run_stage(sft, "--init", base / "sft", "--data", data, TINY, flags)[0] == 0
+    for init, stage in [("first", rlvr), ("rlvr", opsd)]:
+        status, out, err = run_stage(stage, "--init", init, "--out", stage.__name__, TINY, "--steps 1")
+        assert status == 0, err
+    golds = {row["gold"] for row in read_rows("opsd/samples.jsonl")}
+    assert golds <= {row["A"].split("#### ")[1] for row in rows}
+
+
+def test_the_mean_reward_is_that_of_all_that_was_sampled(base, luck):
+    """Over the kept groups it hovers about a half, however well the policy does: a uniform group counts too."""
+    rows, _ = train(rlvr, base, "--group-size 2 --batch-size 8")
+    assert all(row["reward/frac_zero_std"] > 0 for row in rows)
+    assert all(row["reward/mean"] == pytest.approx(row["accuracy"]) for row in rows)
+
+
+def test_clip_frac_is_that_of_the_last_update(base, luck):
+    """On the first update of a batch the ratio is 1, and nothing is clipped: logged from there it is 0 for ever."""
+    rows, _ = train(rlvr, base, "--updates-per-batch 3 --lr 0.02 --clip-low 0.01 --clip-high 0.01")
+    rows = [row for row in rows if "grad_norm" in row]  # where a group was kept
+    assert rows and all(row["ratio/clip_frac"] > 0 and abs(row["kl/sample_train"]) < 1e-6 for row in rows)
+
+
+def test_with_a_matched_budget_no_more_is_measured_than_trained_on(base, luck, monkeypatch):
+    """Twenty refills of a bad arm are twenty batches, none of it trained on: to measure them all would be most of the
+    run's time."""
+    measured, accumulate = [], opsd.accumulate_gradients
+
+    def spying(student, teacher, rollouts, args):
+        if not torch.is_grad_enabled():
+            measured.append(len(rollouts))
+        return accumulate(student, teacher, rollouts, args)
+
+    monkeypatch.setattr(rollout, "verify_batch", lambda texts, golds: [False] * len(texts))
+    monkeypatch.setattr(opsd, "accumulate_gradients", spying)
+    _, out = train(opsd, base, "--only-correct --match-budget --max-refills 3")
+    assert measured == [4, 4]
+    assert "2 of 2 steps kept fewer than 4 rollouts after 3 refills" in out
+    shutil.rmtree("out")
+    assert "refills" not in train(opsd, base, "--only-correct")[1]  # without the flag a batch has what it has

@@ -51,6 +51,25 @@ def test_rows_without_an_answer_are_counted(write_jsonl, capsys):
     assert "1 of 7 rows repeat another row and are left out" in said
 
 
+def test_a_chat_of_several_turns(write_jsonl):
+    """The last question is the one that the last answer answers; the first one's gold would be another's."""
+    turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi, \\boxed{0}."}, *CHAT[1:]]
+    assert read_problems(write_jsonl([{"messages": turns}])) == [Problem("1+1?", "2", STEPS)]
+
+
+def test_the_first_column_that_is_filled_counts(write_jsonl):
+    """Of several usual names the first one counts, unless the row leaves it empty: so says COLUMNS."""
+    rows = [{"final_answer": "3", "answer": "2", "question": "no", "problem": "1+1?"},
+        {"final_answer": "3", "answer": "", "question": "1+2?", "problem": None}]
+    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2", ""), Problem("1+2?", "3", "")]
+
+
+def test_several_solutions_of_a_problem_are_kept(write_jsonl):
+    """Eight demonstrations of each problem are eight times the data for sft.py: only a whole row repeats a row."""
+    rows = [{"problem": "1+1?", "answer": "2", "solution": f"Way {i}."} for i in range(3)]
+    assert [p.solution for p in read_problems(write_jsonl([*rows, rows[0]]))] == ["Way 0.", "Way 1.", "Way 2."]
+
+
 def test_columns(write_jsonl, fails_with):
     """Named by the user; a name that is not there is refused, with those that are."""
     path = write_jsonl([{"Q": "1+1?", "A": "2", "S": STEPS, "answer": "wrong"}])

@@ -134,6 +134,24 @@ def test_a_second_run_in_the_folder_of_one_that_is_alive(base):
     assert torch.load("out/trainer_state.pt")["step"] >= 12 and sorted(os.listdir()) == ["out"]
 
 
+def test_a_folder_has_one_lock_however_it_is_spelled(tmp_path, monkeypatch, fails_with):
+    """The same folder through a link, or by its whole path, is the same folder: two runs would save over each other."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("sub").mkdir()
+    Path("link").symlink_to("run")
+
+    def start(folder):
+        with rollout.only_run_in(folder):
+            pass
+
+    with rollout.only_run_in("run"):
+        for spelling in ("run", "run/", "./run", "sub/../run", "link", tmp_path / "run"):
+            fails_with(lambda: start(spelling), spelling, "another run is at work")
+    start("link")
+    assert sorted(os.listdir()) == ["link", "run", "sub"]
+
+
 def test_what_a_user_keeps_in_the_folder_stays(base):
     """A save replaces the folder: notes, plots and results of eval.py in it were lost with each."""
     flags = small(base, sft, steps=3)
@@ -147,6 +165,20 @@ def test_what_a_user_keeps_in_the_folder_stays(base):
     assert Path("out/notes.txt").read_text() == "the best so far" and Path("out/plots/a.svg").exists()
     assert Path("out/mine.jsonl").read_text() == '{"problem": "1+1?"}\n'
     assert torch.load("out/trainer_state.pt")["step"] == 3
+
+
+def test_what_a_killed_save_left_is_no_hindrance(base):
+    """OUT.new of a save that was killed holds old copies of the user's files; OUT.old, one killed at its very end, is in
+    the way of the next rename: each save after that would fail, and with it the run."""
+    flags = small(base, sft, steps=2)
+    assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
+    for left in ("out.new", "out.old"):
+        Path(left).mkdir()
+        Path(left, "notes.txt").write_text("the worst so far")
+    Path("out/notes.txt").write_text("the best so far")
+    status, _, err = run_stage(sft, "--resume --out out")
+    assert status == 0, err
+    assert Path("out/notes.txt").read_text() == "the best so far" and sorted(os.listdir()) == ["out"]
 
 
 def test_a_live_save_is_not_undone(tmp_path, monkeypatch):

@@ -333,6 +333,16 @@ def test_match_budget_never_exceeds_the_budget(tokenizer, args_of):
     assert len({id(r) for r in kept}) == 8
 
 
+def test_another_seed_has_other_problems_and_other_luck(tokenizer, args_of):
+    """Runs with three seeds that sample alike are one run, and the spread between them says nothing."""
+    calls = []
+    for seed in (0, 1):
+        sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text)))
+        opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args_of(opsd, "--batch-size", 4, "--seed", seed))
+        calls += sampler.calls
+    assert calls[0].prompts != calls[1].prompts and calls[0].seed != calls[1].seed
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What the teacher is shown
 
@@ -501,7 +511,7 @@ def test_a_batch_with_nothing_to_keep_is_a_skipped_step(run_opsd, capsys, flags)
     assert "2 of 2 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["frozen", "refresh"])
+@pytest.mark.parametrize("mode", ["frozen", "refresh", "ema"])
 def test_the_teacher_in_a_run(run_opsd, monkeypatch, mode):
     """The teacher was the student's own tensors once: updated with it, and no loss ever more than 0."""
     seen, accumulate = [], opsd.accumulate_gradients
@@ -514,9 +524,10 @@ def test_the_teacher_in_a_run(run_opsd, monkeypatch, mode):
         return accumulate(student, teacher, *rest)
 
     monkeypatch.setattr(opsd, "accumulate_gradients", watched)
-    start, end, rows = run_opsd("--teacher", mode, "--refresh-every", 1)
+    start, end, rows = run_opsd("--teacher", mode, "--refresh-every", 1, "--ema-decay", 0.5)
     first, second = seen
     assert torch.equal(first.teacher, first.student) and not torch.equal(second.student, first.student)
-    assert torch.equal(second.teacher, first.teacher if mode == "frozen" else second.student)
+    expected = {"frozen": first.teacher, "refresh": second.student, "ema": (first.teacher + second.student) / 2}
+    torch.testing.assert_close(second.teacher, expected[mode], rtol=0, atol=1e-6 if mode == "ema" else 0)
     assert all(math.isfinite(row["distill/kl"]) and row["distill/kl"] > 0 for row in rows)
     assert not all(torch.equal(start[key], end[key]) for key in start)

@@ -24,6 +24,7 @@ import sft
 STAGES = {
     "sft": (sft, ""),
     "rlvr": (rlvr, "--group-size 4"),
+    "rlvr-kl": (rlvr, "--group-size 4 --kl-coef 0.1"),  # the reference is --init, before and after
     "opsd": (opsd, ""),
     "opsd-ema": (opsd, "--teacher ema --ema-decay 0.8"),
     "opsd-refresh": (opsd, "--teacher refresh --refresh-every 2"),
@@ -83,6 +84,13 @@ def test_stopped_and_resumed_is_the_run_left_alone(base, luck, name):
     assert_same_run("parts", "whole")
 
 
+@pytest.mark.parametrize("name", ["sft", "rlvr", "opsd"])
+def test_a_stop_at_the_last_step_is_the_end(base, luck, name):
+    """There is nothing to go on with: the last line is the next command, and a script goes on."""
+    status, out, _ = run_stage(STAGES[name][0], *flags_of(base, name, "out", steps=2), "--stop-after 2")
+    assert status == 0 and "next: python" in out.splitlines()[-1] and "stopped" not in out
+
+
 def test_flags_may_be_repeated_on_resume(base):
     """--resume with the flags of the first call, all of them, is no contradiction."""
     flags = flags_of(base, "sft", "out", steps=2)
@@ -99,6 +107,54 @@ def test_resume_of_a_finished_run_changes_nothing(base):
     status, out, _ = run_stage(sft, "--resume --out out")
     assert status == 0 and "next: python" in out
     assert_same_run("out", "before")
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_every_batch_of_every_window(base, monkeypatch, stop):
+    """sft.py draws its batches a window at a time. One that is skipped at a window's edge, a window that is drawn once
+    and for ever, one that starts anew on --resume: the loss falls all the same. Windows of 2, stopped at each place."""
+    monkeypatch.setattr(sft, "WINDOW", 2)
+    drawn, trained, accumulate = [], [], sft.accumulate_gradients
+
+    def reading(model, examples, size):
+        trained.append([(e.prompt_ids, e.response_ids) for e in examples])
+        return accumulate(model, examples, size)
+
+    def drawing(window, *rest, draw_batches=sft.draw_batches):
+        drawn[:] = [[(e.prompt_ids, e.response_ids) for e in batch] for w in range(3) for batch in draw_batches(w, *rest)]
+        return draw_batches(window, *rest)
+
+    monkeypatch.setattr(sft, "accumulate_gradients", reading)
+    monkeypatch.setattr(sft, "draw_batches", drawing)
+    assert run_stage(sft, *flags_of(base, "sft", "out"), f"--stop-after {stop}")[0] == 0
+    assert run_stage(sft, "--resume --out out")[0] == 0
+    assert trained == drawn and len(trained) == 6
+
+
+def test_what_may_change_on_resume(base, monkeypatch):
+    """Memory and the machine, and no result: a run goes on with another device or less memory. What is not given again
+    stays as it was: after the default, that is, the run would be out of memory once more."""
+    flags = "--micro-batch-size 3 --gradient-checkpointing --vllm-memory 0.5 --stop-after 1"
+    assert run_stage(sft, *flags_of(base, "sft", "out"), flags)[0] == 0
+    monkeypatch.setattr("test_chain.DEVICE", "cpu:0")
+    assert run_stage(sft, "--resume --out out --stop-after 1")[0] == 0
+    saved = json.loads(Path("out/args.json").read_text())
+    assert (saved["device"], saved["micro_batch_size"], saved["vllm_memory"]) == ("cpu:0", 3, 0.5)
+    assert saved["gradient_checkpointing"]
+    flags = "--micro-batch-size 1 --vllm-memory 0.2 --stop-after 1"
+    status, _, err = run_stage(sft, "--resume --out out", flags)
+    assert status == 0, err
+    saved = json.loads(Path("out/args.json").read_text())
+    assert (saved["micro_batch_size"], saved["vllm_memory"]) == (1, 0.2)
+
+
+def test_skipped_steps_are_counted_over_a_resume(base, monkeypatch):
+    """The last line counts the run's steps without a rollout to keep, not those since the last --resume."""
+    monkeypatch.setattr(rollout, "verify_batch", lambda texts, golds: [False] * len(texts))
+    arm = "--only-correct --match-budget --max-refills 1"
+    assert run_stage(opsd, *flags_of(base, "opsd", "out", steps=3), arm, "--stop-after 2")[0] == 0
+    status, out, _ = run_stage(opsd, "--resume --out out")
+    assert status == 0 and "3 of 3 steps had no rollout to keep" in out and "3 of 3 steps kept fewer than 4" in out
 
 
 @pytest.mark.parametrize("name", ["sft", "rlvr", "opsd"])
@@ -123,12 +179,13 @@ def test_killed_between_saves(base, luck, monkeypatch, name):
 
 
 def test_half_a_line_in_a_log(base):
-    """A kill, or a full disk, can cut a log's last line short: that line goes, the run goes on."""
+    """A kill, or a full disk, can cut a log's last line short: that line goes, the run goes on. So does, from both logs,
+    what came after the save: each sample of that step would be there twice."""
     assert run_stage(sft, *flags_of(base, "sft", "whole", steps=2))[0] == 0
     assert run_stage(sft, *flags_of(base, "sft", "parts", steps=2), "--stop-after 1")[0] == 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(Path("parts", name), "a") as log:
-            log.write('{"step": 2, "lo')
+            log.write('{"step": 2, "of": "a step that was not saved"}\n{"step": 2, "lo')
     assert run_stage(sft, "--resume --out parts")[0] == 0
     assert_same_run("parts", "whole")
 
@@ -155,6 +212,22 @@ def test_ctrl_c(base):
     assert out.endswith("sft.py --resume --out out\n")
     assert run_stage(sft, "--resume --out out --stop-after 1")[0] == 0
     assert torch.load("out/trainer_state.pt")["step"] == step + 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_the_second_signal_stops_at_once(number, capsys):
+    """A cluster's SIGTERM is asked for as Ctrl-C is. And whoever presses Ctrl-C twice does not want to wait for a step
+    of minutes: the second one is the system's own."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        interrupt = rollout.Interrupt(SimpleNamespace(out="out", stop_after=None), 0)
+        assert not interrupt.now(1) and signal.getsignal(number) == interrupt.ask
+        signal.raise_signal(number)
+        assert interrupt.now(1) and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    assert "once more to stop at once" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -259,3 +332,19 @@ def test_next_stage_after_a_kill_between_the_renames(base, stage):
     status, out, err = run_stage(stage, flags, "--max-new-tokens 8")
     assert status == 0, err
     assert f"data: {base / 'problems.jsonl'}" in out
+
+
+@pytest.mark.parametrize("how", ["--resume", "", "--overwrite"])
+def test_the_run_itself_after_a_kill_between_the_renames(base, how):
+    """It lies in OUT.old then. --resume must find it there; and a new run must not take OUT for free: its first save
+    would delete OUT.old, the only copy."""
+    flags = flags_of(base, "sft", "out", steps=2)
+    assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
+    Path("out").rename("out.old")
+    status, _, err = run_stage(sft, *flags, how)
+    if how:
+        assert status == 0, err
+        steps = [row["step"] for row in read_rows("out/metrics.jsonl") if "loss" in row]
+        assert steps == [1, 2] and [path.name for path in Path().glob("out*")] == ["out"]
+    else:
+        assert status == 2 and "out is not empty" in err and torch.load("out/trainer_state.pt")["step"] == 1

@@ -350,3 +350,57 @@ def test_each_step_has_its_own_problems_and_luck(tokenizer, args_of):
     prompts = [rollout.render_prompt(tokenizer, p) for p in PROBLEMS]
     assert sorted(first.prompts + second.prompts) == sorted(prompts)
     assert first.seed != second.seed and first.temperature == second.temperature == 0.7
+
+
+def test_another_seed_has_other_problems_and_other_luck(tokenizer, args_of):
+    """Runs with three seeds that sample alike are one run, and the spread between them says nothing."""
+    calls = []
+    for seed in (0, 1):
+        sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text) if j else 99))
+        sample_groups(sampler, args_of(rlvr, "--batch-size", 4, "--group-size", 2, "--seed", seed))
+        calls += sampler.calls
+    assert calls[0].prompts != calls[1].prompts and calls[0].seed != calls[1].seed
+
+
+@pytest.mark.parametrize("truncated", ["penalize", "mask"])
+def test_a_group_of_one_that_ended_is_not_uniform(tokenizer, args_of, truncated):
+    """One is right, three are cut off: rewards 1 0 0 0, whatever is masked. Judged by those that ended, the group would
+    be dropped, and with it all that a model which is cut off most of the time can learn from."""
+    say = lambda text, j, call: (box(gold(text)), not j)  # noqa: E731
+    args = args_of(rlvr, *FLAGS, "--truncated", truncated)
+    _, kept, uniform = sample_groups(scripted_sampler(tokenizer, say), args)
+    assert uniform == 0 and len(kept) == (32 if truncated == "penalize" else 8)
+
+
+def test_a_group_whose_first_reward_is_the_mean_is_not_uniform(tokenizer, args_of):
+    """--reward may give .5, 0, 1: the first advantage is 0, and the others' are not."""
+    sampler = scripted_sampler(tokenizer, lambda text, j, call: box([5, 0, 10][j]))
+    args, score = args_of(rlvr, "--batch-size", 8, "--group-size", 3), lambda text, gold: int(text[22:-1]) / 10
+    _, kept, uniform = rlvr.sample_groups(sampler, PROBLEMS, {"cursor": 0}, args, score)
+    assert uniform == 0 and len(kept) == 24
+    assert {round(r.advantage, 3) for r in kept} == {0.0, -1.225, 1.225}
+
+
+def test_the_reference_has_the_samplers_temperature(model, on_policy, args_of):
+    """At another temperature than the policy's, even its own copy is at a distance."""
+    args = args_of(rlvr, "--kl-coef", 0.5, "--temperature", 0.7)
+    metrics = rlvr.accumulate_gradients(model, copy.deepcopy(model), with_advantages(on_policy, [0.0] * 8), args)
+    assert metrics["kl/ref"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_the_entropy_is_the_mean_over_tokens(model, rollouts, args_of, size):
+    """A mean of micro-batches' means weighs a token by its neighbours; over padding it would be near 0."""
+    full = torch.cat([full_log_probs(model, r.prompt_ids, r.response_ids) for r in rollouts])
+    args = args_of(rlvr, "--micro-batch-size", size)
+    metrics = rlvr.accumulate_gradients(model, None, with_advantages(rollouts, [1.0] * 8), args)
+    assert metrics["entropy"] == pytest.approx(-(full.exp() * full).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_a_masked_response_is_not_refilled(tokenizer, args_of):
+    """--refill replaces groups. Counted in responses, a batch in which some are masked is never full, and each step
+    samples --refill batches more, to no end."""
+    say = lambda text, j, call: [box(gold(text)), box(99), (box(99), False), box(98)][j]  # noqa: E731
+    sampler = scripted_sampler(tokenizer, say)
+    _, kept, _ = sample_groups(sampler, args_of(rlvr, *FLAGS, "--truncated", "mask", "--refill", 3))
+    assert len(sampler.calls) == 1 and len(kept) == 24

@@ -135,6 +135,26 @@ def test_the_privileged_prompt_is_the_one_opsds_teacher_reads(tokenizer, problem
         assert example.prompt_ids == r.teacher_prompt_ids != r.prompt_ids
 
 
+def test_who_holds_the_solution_makes_no_slips(tokenizer, world, args_of):
+    """A privileged prompt before a response that slips teaches opsd.py's teacher to slip, solution in hand."""
+    slips = {}
+    for frac in (0, 1):
+        args = args_of(sft, "--privileged-frac", frac)
+        examples = [sft.build_example(tokenizer, p, random.Random(i), args) for i, p in enumerate(world[0][:100])]
+        slips[frac] = sum(" no." in tokenizer.decode(e.response_ids) for e in examples)
+    assert slips[0] > 10 and slips[1] == 0
+
+
+def test_without_thinking_an_example_has_neither_tag_nor_check(tokenizer, world, args_of):
+    """--no-thinking closes the thought in the prompt: a response that opens another is one that thinks twice."""
+    args = args_of(sft, "--no-thinking", "--privileged-frac", 0)
+    for i, problem in enumerate(world[0][:30]):
+        example = sft.build_example(tokenizer, problem, random.Random(i), args)
+        assert example.prompt_ids == rollout.render_prompt(tokenizer, problem, thinking=False)
+        text = tokenizer.decode(example.response_ids)
+        assert "think>" not in text and "Wait" not in text and "\\boxed{" in text
+
+
 def test_an_example_of_your_own_data_is_its_solution(tokenizer, args_of, write_jsonl):
     """The world's demonstrations must not leak into other data: there the solution is what is taught."""
     path = write_jsonl([{"problem": "1/3 + 1/6?", "answer": "1/2", "solution": "2/6 + 1/6."}])
@@ -161,6 +181,24 @@ def test_batches_show_every_problem_once_an_epoch(tokenizer, world, args_of):
     batches = sft.draw_batches(0, make_tiny(context=1024), tokenizer, some, args)
     seen = sorted(example.prompt_ids for batch in batches for example in batch)
     assert seen == sorted(rollout.render_prompt(tokenizer, p) for p in some)
+
+
+def test_windows_do_not_overlap(tokenizer, world, args_of):
+    """Two windows of 32 batches are one epoch here: a window that begins before the last one's end shows most problems
+    many times, and the others late."""
+    args = args_of(sft, "--batch-size", 2, "--privileged-frac", 0)
+    some = list({p.problem: p for p in world[0]}.values())[:128]
+    windows = [sft.draw_batches(w, make_tiny(context=1024), tokenizer, some, args) for w in (0, 1)]
+    seen = sorted(example.prompt_ids for batches in windows for batch in batches for example in batch)
+    assert seen == sorted(rollout.render_prompt(tokenizer, p) for p in some)
+
+
+def test_each_window_has_its_own_luck(tokenizer, world, args_of):
+    """With one seed for all windows the same places get the privileged prompt, and the same slips, for ever. One problem
+    alone: what differs between the windows is luck."""
+    args, model = args_of(sft, "--batch-size", 2), make_tiny(context=1024)
+    assert sft.draw_batches(0, model, tokenizer, world[0][:1], args) != (
+        sft.draw_batches(1, model, tokenizer, world[0][:1], args))
 
 
 def test_a_batch_is_of_like_length(tokenizer, world, args_of):
