@@ -974,8 +974,8 @@ def save_checkpoint(args, model, tokenizer, optimizer, state):
                     shutil.copy2(path, new / path.name, follow_symlinks=False)
     except Exception as error:  # of many types: each library has its own for a full disk
         shutil.rmtree(new, ignore_errors=True)
-        fail(f"{new}: step {state['step']} cannot be saved there: {reason(error)}; mend that (is the "
-            f"disk full?). What {out} held is still there: --resume goes on from its save, if any")
+        fail(f"{new}: step {state['step']} cannot be saved there: {reason(error)}; mend that (is "
+            f"the disk full?). What {out} held is still there: --resume goes on from its save, if any")
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
     new.rename(out)
