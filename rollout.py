@@ -975,7 +975,7 @@ def save_checkpoint(args, model, tokenizer, optimizer, state):
     except Exception as error:  # of many types: each library has its own for a full disk
         shutil.rmtree(new, ignore_errors=True)
         fail(f"{new}: step {state['step']} cannot be saved there: {reason(error)}; mend that (is "
-            f"the disk full?). What {out} held is still there: --resume goes on from its save, if any")
+            f"the disk full?) and go on with --resume; the last save, if any, still stands in {out}")
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
     new.rename(out)
