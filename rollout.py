@@ -974,8 +974,8 @@ def save_checkpoint(args, model, tokenizer, optimizer, state):
                     shutil.copy2(path, new / path.name, follow_symlinks=False)
     except Exception as error:  # of many types: each library has its own for a full disk
         shutil.rmtree(new, ignore_errors=True)
-        fail(f"{new}: step {state['step']} cannot be saved: {reason(error)}; mend that (a full disk?) "
-            f"and go on with --resume; {out} still holds the last save, if there was one")
+        fail(f"{new}: step {state['step']} cannot be saved: {reason(error)}; mend that (is "
+            f"the disk full?), then --resume; {out} still holds the last save, if there was one")
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
     new.rename(out)
