@@ -984,7 +984,8 @@ def save_checkpoint(args, model, tokenizer, optimizer, state):
 
 def recover_checkpoint(path):
     """A save ends with PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the two renames."""
-    path, old = Path(path), Path(f"{path}.old")
+    path = Path(path)  # before .old is added: a slash at its end goes
+    old = Path(f"{path}.old")
     if old.exists() and not path.exists():
         time.sleep(1)  # a run that is alive needs less from one to the other
         if not path.exists():

@@ -13,8 +13,12 @@ import sft
 
 STAGES = {"sft": sft, "rlvr": rlvr, "opsd": opsd}
 OURS = {path.stem for path in ROOT.glob("*.py")}
-LENGTHS = {"init": "sft.py can do without", "batch_size": "sft counts demonstrations, the others prompts",
-    "group_size": "in rlvr a group is compared"}  # flags whose help differs, and why  # fmt: skip
+OTHER_HELP = {  # flags whose help differs, and why
+    "init": "sft.py can do without",
+    "batch_size": "sft counts demonstrations, the others prompts",
+    "group_size": "in rlvr a group is compared",
+    "truncated": "it has another meaning, and other choices",
+}
 
 
 def tree_of(name):
@@ -74,7 +78,7 @@ def test_a_flag_means_the_same_in_every_stage(flags):
         names = {tuple(action.option_strings) for action in actions}
         kinds = {(type(action), str(action.type and action.type.__name__)) for action in actions}
         assert len(names) == 1 and len(kinds) == 1, dest
-        if dest in LENGTHS or dest == "truncated":  # --truncated has another meaning, and other choices
+        if dest in OTHER_HELP:
             continue
         assert len({action.help for action in actions}) == 1, [action.help for action in actions]
     assert shared > 20

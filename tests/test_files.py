@@ -220,6 +220,13 @@ def test_a_live_save_is_not_undone(tmp_path, monkeypatch):
     assert (tmp_path / "run.old").exists() and (tmp_path / "run").exists()
 
 
+def test_a_kill_is_undone_also_for_a_path_with_a_slash(tmp_path):
+    """--init ckpt/sft/ after a kill between the two renames: its .old was looked for inside the folder."""
+    (tmp_path / "run.old").mkdir()
+    rollout.recover_checkpoint(f"{tmp_path}/run/")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_logs_are_rewritten_in_one_piece(base, monkeypatch):
     """Killed while --resume drops lines from a log, the log must still be there."""
     assert run_stage(sft, *small(base, sft, steps=3), "--stop-after 1")[0] == 0
