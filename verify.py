@@ -2,27 +2,32 @@
 
     python verify.py 'So it is \\boxed{\\frac{2}{4}}.' 0.5    # says why; exit status 0: equal
 
-Find the answer's text (`extract_answer`), read it as a sympy object (`parse_math`), compare it with
-what the gold answer reads as (`compare`). The first rung of this ladder that fits decides:
+Find the answer's text (`extract_answer`), read it (`parse_math`), compare it with the gold
+(`compare`). In doubt the verdict is False: a wrong answer that is rewarded gets learned.
 
-    same text or choice letter -> exact rational numbers -> other numbers, to 150 digits ->
-    expressions, at random points -> relations, up to a constant factor -> collections, by items
+What is equal. A number is exact: 0.333 is not 1/3, and 52_8 is 42. 20\\% is 1/5, and also 20 where
+the gold is a bare number above 1. A unit may be left out, not exchanged. x = 5 answers 5, but not
+y = 5. Lists and sets match in any order, tuples in theirs. An open interval is not a closed one.
+Equations and inequalities may differ by a constant factor. Other formulas are equal if they agree
+to 100 digits at points where the gold has a value. \\log without a base is not \\ln.
 
-What is equal. A number is exact: 0.333 is not 1/3; 5% is 1/20, not 5; 52_8 is 42. Lists and sets of
-values match in any order, tuples in theirs, and a tuple is no set. An open interval is not a closed
-one. x = 5 answers a gold of 5, but not one of y = 5. A unit may be left out, not exchanged. A \\log
-without a base is no \\ln. One answer has to be given: "3 or 4" is not 3. If in doubt it is wrong: a
-wrong answer that is rewarded gets learned. Not read: sums, integrals, conversion of units.
+An answer is a value, not the question again. Where the gold is a number such as 7 or 3/4, the
+answers 3+4 and \\sqrt{49} are False. A fraction, a decimal, one power, a factorial, 3*10^4, 5\\%,
+degrees, a mixed number, 52_8 and a chain of equalities that ends in one of them are values. Where
+the gold is a formula, such as \\sqrt{3} or x^2-1, a formula of the question may still be "right".
+
+Not read, so equal to the same text only: \\pm, \\approx, sums, integrals, floors, absolute values,
+binomials, hyperbolic functions, n!, f(0), f(x) = 2x, 0.\\overline{3}, \\mathbb{R}, {x | x > 3}, set
+algebra other than unions of intervals, x < 5 as an interval, x = 1, y = 2 as a tuple, a factor
+before a matrix, "Area = 5", (B) 42, 2 1/3, units to be converted. Rewrite such golds, or drop them.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
-(sympy's own sympify and parse_expr run Python), limits hold while a value is built, not after, and
-no text makes `verify` raise. `verify_batch` adds what code cannot promise of itself: a deadline,
-kept by killing the process that missed it.
+(sympy's parsers run Python). A formula is kept as its values at 8 points, of 150 digits each: it
+cannot grow, and no text makes `verify` raise or take 0.1 s. `verify_batch` has a deadline as well.
 """
 
-import functools
-import itertools
 import json
+import math
 import operator
 import random
 import re
@@ -30,28 +35,67 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from collections import namedtuple
+from fractions import Fraction
 
 import mpmath
-import sympy
-from sympy import Expr, Integer, Rational, Symbol, oo
 
-MAX_RESPONSE, MAX_ANSWER, MAX_TOKENS = 20_000, 2_000, 600  # the last so many characters; characters
-MAX_DEPTH, MAX_ITEMS, MAX_SIGNS = 25, 40, 3  # brackets in brackets; of a list; signs such as \pm
-MAX_DIGITS, MAX_EXPONENT, MAX_BITS, MAX_FACTORIAL = 400, 10_000, 60_000, 500  # of one number
-
+MAX_RESPONSE, MAX_TAIL = 1_000_000, 20_000  # characters: more is no answer; where one is sought
+MAX_ANSWER, MAX_TOKENS, MAX_COSTLY = 2_000, 300, 40  # of one answer; costly: powers and functions
+MAX_ITEMS, MAX_DIGITS, MAX_BITS = 30, 400, 4_000  # of a list; of a number written out; of a power
 MP = mpmath.MPContext()  # our own, so that its precision is never changed from elsewhere
-MP.dps = 200
-DIGITS = ".0123456789"
-
-Group = namedtuple("Group", "kind items")  # kind: list, set, "matrix of 2 rows", () [] (] [)
-Region = namedtuple("Region", "ends inside")  # of real numbers: its ends; whether one is inside
-Relation = namedtuple("Relation", "sign left right")  # = != < <= > >= \\in
+MP.dps = 150
+MAX_SIZE, NOISE = 10**40, MP.mpf(10) ** -100  # see `compute`
 
 
-class Unreadable(ValueError):
-    """The text is no mathematics that this file knows, or it breaks a limit."""
+def verify(response, gold):
+    """True if the response's answer equals the gold answer. Never raises; not text: False."""
+    return isinstance(response, str) and isinstance(gold, str) and judge(response, gold)[0]
+
+
+def judge(response, gold):
+    """-> (whether the response's answer equals the gold, what decided)"""
+    if any(mark in gold for mark in ("\\boxed", "\\fbox", "#### ", "<answer>")):
+        gold = find_answer(gold)[0] or ""
+    answer, where = find_answer(response)
+    if answer is None:
+        return False, where
+    try:
+        return compare_texts(normalize(answer), normalize(gold))
+    except Exception as error:  # a ValueError, what mpmath raises, a recursion too deep
+        return False, f"no way to compare: {error}"
+
+
+def compare_texts(text, gold):
+    """The same text, a choice, words, or mathematics."""
+    squeezed = [re.sub(r"(?<!\w) | (?!\w)", "", x) for x in (text, gold)]
+    if squeezed[0] == squeezed[1]:
+        return text != "", "the same text"
+    letters = [CHOICE.fullmatch(x) for x in (text, gold)]
+    if all(letters):
+        return letters[0][1] == letters[1][1], "the choice letter"
+    if is_words(gold):
+        return text.lower() == gold.lower(), "the same words"
+    (text, unit), (gold, gold_unit) = split_unit(text), split_unit(gold)
+    if unit and gold_unit and unit != gold_unit:
+        return False, f"{unit} is not {gold_unit}"
+    texts = (text, gold)
+    answer, gold = map(parse_math, texts)
+    if unit and answer.names or gold_unit and gold.names:
+        raise ValueError("a unit behind a formula: in 2x^3 ml it may be m times l")
+    functions, gold_functions = ({x for x in t.split() if x[1:] in FUNCTIONS} for t in texts)
+    if not gold.names and functions - gold_functions:
+        return False, "a function that still has to be computed"  # \\sin 60 for \\sqrt{3} / 2
+    return compare(answer, gold, gold_unit)
+
+
+CHOICE = re.compile(r"(?:[Oo]ption )?(?:\( )?([A-Z])(?: \)| :)?")
+
+
+def is_words(text):
+    """Letters that are no product: two of them may be, as in xy."""
+    words = re.fullmatch("[A-Za-z]{2,}(?: (?:[-'] )?[A-Za-z]{2,})+|[A-Za-z]{3,}|[A-Z]{2}|no|on", text)
+    return bool(words) and not NAMES.keys() & text.lower().split()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,56 +103,6 @@ class Unreadable(ValueError):
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?P<bare>[^\s{}$\\]+))|\\.|[{}]", re.S)
 PHRASE = re.compile(r"answers?\**\s*(?:is|are|:|=)(?:[\s:*$]|\\\[)*", re.I)
-
-
-def find_box(text):
-    """-> (position, content) of the last outermost box; content None if it is never closed."""
-    last, stack, boxes = None, [], []
-    for match in BOX.finditer(text):
-        if match["bare"]:  # \boxed 5
-            last = last if boxes else (match.start(), match["bare"])
-        elif match[0] == "{" or len(match[0]) > 2:
-            stack.append(match)
-            boxes += [match] * (match[0] != "{")
-        elif match[0] == "}" and stack and (opened := stack.pop())[0] != "{":
-            boxes.pop()
-            last = last if boxes else (opened.start(), text[opened.end() : match.start()])
-    return (boxes[0].start(), None) if boxes else last
-
-
-def find_answer(response):
-    """-> (the answer's text or None, where it stood)."""
-    text = response.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None, "thinking that does not end"
-    text = text[-MAX_RESPONSE:]
-    found = [(*box, "the last box")] if (box := find_box(text)) else []  # (position, answer, where)
-    for mark, end in ("<answer>", "</answer>"), ("#### ", "\n"):
-        if (start := text.rfind(mark)) >= 0:
-            inside, ended, _ = text[start + len(mark) :].partition(end)
-            found.append((start, inside if ended or end == "\n" else None, f"the last {mark}"))
-    marked = bool(found)
-    for match in list(PHRASE.finditer(text))[-3:]:  # "the answer is correct" names none
-        words = re.split(r"\n|</answer>|\.\s", text[match.end() :], maxsplit=1)[0]
-        later = any(position > match.start() for position, *_ in found)
-        if not later and is_answer(words, not marked):
-            found.append((match.start(), words, f"the last {match[0].strip(' *')!r}"))
-    if not found and is_answer(text, True):
-        found.append((0, text, "a response that is nothing else"))
-    _, answer, where = max(found, key=lambda x: x[0], default=(0, None, "no answer that is marked"))
-    return (answer or "").strip() or None, where
-
-
-def is_answer(text, word_counts):
-    """Whether this text, which stands in no box, is an answer and not prose."""
-    try:
-        normal = normalize(text)
-        if "\n" in text.strip() or not word_counts and re.fullmatch("[A-Za-z]", normal):
-            return False
-        word = word_counts and re.fullmatch("[A-Za-z]+", normal)
-        return bool(word or choice(normal)[0] or parse_math(text) is not None)
-    except Exception:  # as in `judge`
-        return False
 
 
 def extract_answer(response):
@@ -120,637 +114,497 @@ def extract_answer(response):
     return find_answer(response)[0]
 
 
+def find_answer(response):
+    """-> (the answer's text or None, where it stood)"""
+    if len(response) > MAX_RESPONSE:
+        return None, f"longer than {MAX_RESPONSE} characters"
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None, "thinking that does not end"
+    text = text[-MAX_TAIL:]
+    found = [(*find_box(text), "the last box")]  # (position, answer, where)
+    for mark, end in ("<answer>", "</answer>"), ("#### ", "\n"):
+        inside, ended, _ = text.rpartition(mark)[2].partition(end)
+        answer = inside if ended or end == "\n" else None
+        found.append((text.rfind(mark), answer, f"the last {mark}"))
+    position, answer, where = max(found, key=operator.itemgetter(0))
+    word_counts = position < 0
+    for match in list(PHRASE.finditer(text))[-3:]:  # "the answer is correct" names none
+        words = re.split(r"\n|</answer>|\.\s", text[match.end() :], maxsplit=1)[0]
+        if match.start() > position and is_answer(words, word_counts):
+            position, answer, where = match.start(), words, f"the last {match[0].strip(' *')!r}"
+    if position < 0 and is_answer(text, True):
+        position, answer, where = 0, text, "a response that is nothing else"
+    return (answer or "").strip() or None, where if position >= 0 else "no answer that is marked"
+
+
+def find_box(text):
+    """-> (position, content) of the last outermost box; content None if it is never closed."""
+    last, opened, boxes = (-1, None), [], []
+    for match in BOX.finditer(text):
+        if match["bare"]:  # \boxed 5
+            last = last if boxes else (match.start(), match["bare"])
+        elif match[0] == "{" or len(match[0]) > 2:
+            opened.append(match)
+            boxes += [match] * (match[0] != "{")
+        elif match[0] == "}" and opened and (start := opened.pop())[0] != "{":
+            boxes.pop()
+            last = last if boxes else (start.start(), text[start.end() : match.start()])
+    return (boxes[0].start(), None) if boxes else last
+
+
+def is_answer(text, word_counts):
+    """Whether this text, which stands in no box, is an answer and not prose."""
+    try:
+        normal = normalize(text)
+        if "\n" in text.strip() or not word_counts and re.fullmatch("[A-Za-z]", normal):
+            return False
+        word = word_counts and re.fullmatch("[A-Za-z]+", normal)
+        return bool(word or CHOICE.fullmatch(normal) or parse_math(split_unit(normal)[0]))
+    except Exception:  # as in `judge`
+        return False
+
+
 # --------------------------------------------------------------------------------------------------
-# 2. Text -> tokens. Of the many ways to write one thing, one is left.
+# 2. One spelling: tokens with a space between them. Of the many ways to write one, one is left.
 
-ALIASES = dict(pair.split() for pair in re.split(",|\n", r"""
-    × *,· *,⋅ *,∗ *,\times *,\cdot *,÷ /,∕ /,⁄ /,\div /,\per /,– -,** ^,\% %,\percent %,√ \Sqrt
-    ≤ <=,⩽ <=,\le <=,\leq <=,\leqslant <=,\lt <,≥ >=,⩾ >=,\ge >=,\geq >=,\geqslant >=,\gt >,≠ !=
-    \ne !=,\neq !=,≈ \approx,∈ \in,∪ \cup,∩ \cap,\backslash \setminus,± \pm,∓ \mp,∅ \emptyset
-    \varnothing \emptyset,∞ \infty,\infinity \infty,\inf \infty,\oo \infty,\lbrace \{,\rbrace \}
-    \lvert |,\rvert |,\lbrack [,\rbrack ],⟨ \langle,⟩ \rangle,\asin \arcsin
-    \acos \arccos,\atan \arctan""".strip()))
-NAMES = set("""sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan asin acos atan ln log lg
-    exp abs sqrt pi in infinity infty inf oo percent per alpha beta gamma lambda theta sigma omega
-    phi""".split())
-UNITS = {spelling: Symbol(names.split("=")[0] + " (unit)", positive=True) for names in """
-    meter=metre cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre inch=inche
-    foot=feet=ft yard=yd mile=mi gram kg=kilogram mg=milligram pound=lb ounce=oz ton second=sec
-    minute=min hour=hr day week month year=yr liter=litre ml=milliliter gallon=gal dollar=usd cent
-    degree radian=rad kelvin joule newton watt volt ohm""".split() for spelling in names.split("=")}
-ALL_UNITS = set(UNITS.values())
-UNITS |= {"thousand": Integer(10**3), "million": Integer(10**6), "billion": Integer(10**9)}
-UNITS |= dict.fromkeys("""unit people person student child children girl boy man men woman women
-    apple orange book car dog cat egg way page point mark ball marble coin step time piece game
-    ticket card player team cookie flower tree bag box boxe cup item toy pen pencil solution
-    """.split(), Integer(1))  # counted things: 42 apples is 42
-STOP = set("""yes odd one two six ten red is it the not so of to no are was an as at by if be we do
-    for""".split())  # short words, not products of variables
-
-
-def rewrite(match):
-    """½ -> \\frac{1}{2}, x² -> x^{2}, x₁ -> x_{1} (NFKC makes x2 of both), α -> \\alpha,
-    0.1\\overline{6} -> \\frac{15}{90}, 52_8 -> 42."""
-    if match.lastindex == 3:
-        whole, tail, period = match.groups()
-        top = int(f"0{whole}{tail}{period}") - int(f"0{whole}{tail}")
-        return r"\frac{%d}{%d}" % (top, 10 ** len(tail) * (10 ** len(period) - 1))
-    if match.lastindex:
-        digits, base = match[1], int(match[2])
-        fits = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
-        return str(int(digits[:MAX_DIGITS], base)) if fits else match[0]
-    *_, last = name = unicodedata.name(match[0][0]).split()
-    text = unicodedata.normalize("NFKC", match[0])
-    if "GREEK" in name:
-        return "\\" + (last.lower() if "SMALL" in name else last.title()) + " "
-    if "FRACTION" in name:
-        return r"\frac{%s}{%s}" % tuple(text.split("⁄"))
-    return ("_{" if "SUBSCRIPT" in name else "^{") + text + "}"
-
-
-def name_word(match):
-    """A run of letters: sin -> \\sin, kilograms -> \\kg; xy stays as it is, x times y."""
-    word = match[0].lower()
-    if word in NAMES:
-        return f"\\{word} "
-    unit = word if word in UNITS else word.removesuffix("s")
-    if unit not in UNITS and (len(word) > 3 or word in STOP):
-        raise Unreadable(f"the word {word!r}")
-    return f"\\{unit} " if unit in UNITS else match[0]
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=",
+    "≠": "!=", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ", "∪": r"\cup ",
+    "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "²": "^2", "³": "^3",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u200b": "", "\xa0": " "})
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan ln log exp".split()
+NAMES = {name: "\\" + name for name in FUNCTIONS} | {"sqrt": r"\sqrt", "pi": r"\pi",
+    "inf": r"\infty", "infinity": r"\infty", "percent": "%", "degree": r"\degree",
+    "degrees": r"\degree"}
+ALIASES = NAMES | {r"\times": "*", r"\cdot": "*", r"\div": "/", "**": "^", r"\%": "%",
+    r"\le": "<=", r"\leq": "<=", r"\lt": "<", r"\ge": ">=", r"\geq": ">=", r"\gt": ">",
+    r"\ne": "!=", r"\neq": "!=", ";": ",", r"\varnothing": r"\emptyset", r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac", "mph": "miles per hour", **dict.fromkeys(r"""\left \right \displaystyle
+    \quad \qquad \boxed \fbox \( \) \[ \] \, \; \: \! $ ~ `""".split(), ""), "\\ ": ""}
+TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+    r"|(?!\\log)(?:\\[a-z]+|[A-Za-z])_(?:\w|\{\w+\})|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\*\*|\S",
+    re.A)  # 1,234; 1.5e-3; x_1; \pi; cm; <=
+FONT = re.compile(r"\\((?:text|math)(?:bf|it|rm|sf|tt)?|mbox|operatorname)\s*\{([^{}]*)\}")
+LETTERS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "L": "liter"}
+SPELLINGS = [(re.compile(pattern, re.A), new) for pattern, new in [
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[,!;: ]) ?(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
+    (r"(?<![\w^}])(\d+\.?\d*)\s*(?:\\times|\\cdot|[*xX])\s*10\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?",
+        r"\1e\2"), (r"(?<=\d) million\b", "e6"),  # 3.2 x 10^{-4}
+    (r"\\begin\s*\{(?:[pb]?matrix\}|array\}\s*\{[clr|]*\})", r"\\matrix "),
+    (r"(?:\\\\)?\s*\\end\s*\{(?:[pb]?matrix|array)\}", r"\\endmatrix "),
+    (r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "), (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),
+    (r"\\\{\s*\\\}", r"\\emptyset "), (r",\s*(?=and\b|or\b)", " ")]]
 
 
 def unfont(match):
-    """\\text{ cm} -> cm, and \\text{m} -> meter: a letter in upright type is a unit."""
-    letter, rest = re.fullmatch(r"\s*([mgshL]\b)?(.*)", match[1], re.S).groups()
-    return f" {LETTER_UNITS.get(letter, '')}{rest} "
+    """\\text{ cm} -> cm, and \\text{ m} -> meter: a letter in upright type is a unit."""
+    words = match[2]
+    if match[1] in ("text", "mbox", "mathrm", "textrm"):
+        words = re.sub(r"^\s*[mgshL]\b|(?<=/)[sh]\b", lambda unit: LETTERS[unit[0].strip()], words)
+    return f" {words} "
 
 
-LETTER_UNITS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "L": "liter"}
-UNICODE = [(re.compile(pattern), new) for pattern, new in [
-    ("[\u200b-\u200d\u2060\ufeff]", ""), ("[\u202f\u2009\xa0]", r"\\ "), ("[£€]", r"\\$"),
-    ("∛", r"\\Sqrt[3]"), ("ℝ", r"\\Reals "), ("[¼-¾⅐-⅞Α-Ωα-ω]|[⁰¹²³⁴-⁾ⁿⁱ]+|[₀-₎]+", rewrite)]]
-LATEX = [(needle, re.compile(pattern, re.A), new) for needle, pattern, new in [  # tried on a needle
-    ("", r"(?<=\d)(?:\{,\}|,?\\! ?|\\[,;: ]|~)(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
-    ("\\", r"\\(?:left|right)(?![A-Za-z])\s*\.?|(?<!\\)\\[,;:! ]|\\[hv]space\*?\s*\{[^}]*\}|\\(?:rm"
-        r"|bf|it|[Ll]arge|(?:text)?color\s*\{\w+\}|underline|[bB]igg?[lrm]?|q?quad|displaystyle"
-        r"|textstyle|(?:no)?limits|f?box(?:ed)?)(?![A-Za-z])|\\(?:begin|end)\s*\{cases\}", " "),
-    ("~", "~", " "), ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    ("binom", r"\\[dtc]binom(?![A-Za-z])", r"\\binom"),
-    ("mathbb", r"\\mathbb\s*\{?\s*R\s*\}?", r"\\Reals "),
-    (" ", r"(?<=\d) +([mgsLh](?:/[sh])?)(?=\s*(?:\^|$))", r"\\text{\1}"),  # 5 m
-    *[("{", r"\\(?:text|math|mbox|hbox|operatorname|ensuremath|bold|bm)[a-z]*\*?\s*\{([^{}]*)\}",
-        unfont)] * 2,  # twice: text in text
-    ("/", r"(?<=[a-z]{2})\s*/\s*([hs])\b", r"/\\text{\1}"), ("/\\text", r"\\text\{(.)\}", unfont),
-    ("mph", r"\bmph\b", "miles per hour"),
-    ("", r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|°", " degree "),
-    ("sq", r"\bsq(?:uare|\.)?\s+([a-z]+)|\b([a-z]+) squared\b", r"\1\2^2 "),
-    ("cub", r"\bcubic\s+([a-z]+)|\b([a-z]+) cubed\b", r"\1\2^3 "),
-    ("in", r"\bin\s*(?=\^)|(?<=\d) *in *$", " inch"), ("sec", r"(?<=\d) *secs?\b", " second"),
-    (" ", r"\s+", " "), ("\\angle", r"^ ?(?:m ?)?\\angle ?[A-Z]+ ?=", ""),
-    ("=", r"^ ?(?!arc|sinh|cosh|tanh|sqrt|alpha|beta|gamma|lambda|theta|sigma|omega)[A-Za-z]{4,}"
-        r"(?: (?!not|or|and|no)[A-Za-z]+)* ?=", ""),  # Area = 24
-    ("10", r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 3.2 x 10^-4
-    ("U", r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),  # (0,1) U (2,3)
-    ("]", r"^\s*\](.*?)\s*\[\s*$", r"(\1)"),  # ]0,1[
-    ("\\{", r"^\\\{\s*[a-z]\s*(?:\\in\s*\\Reals)?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
-    ("/", r"(?<![\w.^}\\])(\d+) +(\d+)\s*/\s*(\d+)(?!\.?\d)", r"(\1+\\frac{\2}{\3})"),  # 2 1/3
-    ("\\frac", r"(?<![\w.^}\\])(\d+) *\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))",
-        r"(\1+\\frac{\2\3}{\4\5})"),  # 2\frac13
-    (".", r"(\d{0,99})\.(\d{0,99})\\(?:overline|dot)\s*\{(\d{1,99})\}", rewrite),  # 0.1\overline{6}
-    ("_", r"\(\s*(\w+)\s*\)\s*_", r"\1_"),  # (52)_8
-    ("_", r"(?<![\w.])(\d[0-9A-F]*|[A-F][0-9A-F]+)\s*_\{?\s*(\d{1,2})\s*\}?", rewrite),  # 52_8
-    ("\\choose", r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    ("\\over", r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    ("\\\\", r"\\\\\s*\[[^\]]*\]", r"\\\\ "),  # \\[4pt]
-    ("\\begin", r"\\begin\s*\{(?:(?:[pbB]|small)?matrix|array\}\s*\{[clr|]*)\}", r"\\matrix "),
-    ("\\end", r"\\end\s*\{(?:(?:[pbB]|small)?matrix|array)\}", r"\\endmatrix "),
-    ("\\matrix", r"^\s*[A-Z](?:\^\{-1\})?\s*=\s*(?=\\matrix)", ""),  # A = ...
-    ("=", r"^\s*\$?\s*([fghpqFGHPQ])\s*\(\s*([A-Za-z])\s*\)\s*=(?!=)", r"\1_\2 ="),  # f(x) =
-    ("=", r"^\s*\$?\s*([fghpqFGHPQ])\^\{-1\}\s*\(\s*[a-z]\s*\)\s*=(?!=)", r"\1_0 ="),
-    ("\\", r"(?<!\\)\\$", ""), ("{.}", r"\{\.\}", "."), ("\\colon", r"\\colon(?![A-Za-z])", ":"),
-    ("$", r"-\s*\\?\$", r"\\$-"), ("$", r"\$\$|^\s*\$(?=[^$]+\$\s*$)", " "),
-    ("", r"\\[()\[\]]|\*\*(?!\s*[\w({\\-])|^\s*\*\*|`", " ")]]
-TOKEN = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?|\\[A-Za-z]+|\\.|and|or|<=|>=|!=|\*\*"
-    r"|\S", re.S | re.A)
+def in_base(match):
+    """52_8 -> 42, if the digits fit the base"""
+    digits, base = match[1], int(match[2])
+    fits = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
+    return f" {int(digits, base)} " if fits and len(digits) < MAX_DIGITS else match[0]
 
 
-@functools.lru_cache(maxsize=1024)
 def normalize(text):
-    """One spelling for Unicode, fonts, spacing, math mode, and what stands around an answer."""
+    """The text of an answer -> its tokens, with a space between them."""
     if len(text) > MAX_ANSWER:
-        raise Unreadable(f"longer than {MAX_ANSWER} characters")
-    if not text.isascii():
-        for pattern, new in UNICODE:
-            text = pattern.sub(new, text)
-        text = unicodedata.normalize("NFKC", text).replace("−", "-")
-    if not all(c.isprintable() or c in "\t\r\n" for c in text):
-        raise Unreadable("control characters")
-    text = text.strip()
-    for needle, pattern, new in LATEX:
-        if needle in text:
-            text = pattern.sub(new, text)
-    if not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates
-        text = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])",
-            lambda match: match[0].replace(",", ""), text)
-    text = re.sub(r"^\s*\$(?=[^$]*$)", r"\\$", text)  # money; signs in pairs mean math mode
-    text = re.sub(r"\s+", " ", re.sub(r"(?<!\\)\$", " ", text))
-    text = text.strip() if text.rstrip().endswith("..") else text.strip().rstrip(" .,;:")
-    return text.removeprefix("=").strip()
+        raise ValueError(f"longer than {MAX_ANSWER} characters")
+    text = FONT.sub(unfont, text.translate(UNICODE)).strip().strip("*")
+    if re.fullmatch(r"[^$]*=\s*\$[^$]*|-?\s*\$[^$]*", text):  # one dollar is money, two are math mode
+        text = text.replace("\\$", "$").replace("$", "\\$")
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text)
+    text = re.sub(r"\(?(?<![\w.^\\])(\d[0-9A-F]*)\)? ?_ ?\{?(\d\d?)\}?", in_base, text)
+    if re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates
+        text = text.replace(",", ", ")
+    text = " ".join(ALIASES.get(x, x) for x in TOKEN.findall(text))
+    text = re.sub(" [.,:]$", "", re.sub(" +", " ", text).strip())
+    return re.sub(r"^(.*= )?(- )?\\\$ (-?.*\d)$", r"\1\2\3 dollars", text).removeprefix("= ")
+
+
+UNITS = {spelling: names.split("=")[0] for names in """
+    meter=metre cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre inch=in
+    foot=feet=ft yard=yd mile=mi gram kg=kilogram mg=milligram pound=lb ounce=oz ton second=sec=s
+    minute=min hour=hr=h day week month year=yr liter=litre ml=milliliter gallon=gal pint quart acre
+    calorie dollar=usd cent radian=rad unit person=people child=children=kid boy girl man=men
+    woman=women student friend teacher customer guest player member worker team animal dog cat fish
+    bird chicken egg apple orange banana tree flower plant cookie cupcake pizza sandwich meal candy
+    candie cup bottle can bag box jar basket pack book page card ticket sticker letter word pen
+    pencil marble ball toy coin point mark goal game step trip lap round row group car bus truck
+    bike house room chair table shirt song movie piece slice item block way time vote question
+    problem night lesson solution""".split() for spelling in names.split("=")}
+UNIT = re.compile(r"(.*[\d}!)i]) (square |cubic )?([A-Za-z]{2,})(?: \^ (?:\{ )?([23])(?: \})?)?"
+    r"(?: (?:/|per) ([A-Za-z]+))?")
+
+
+def split_unit(text):
+    """12 square inches -> ("12", "inch^2"); a unit ends the answer, and follows a number"""
+    match = UNIT.fullmatch(text)
+    if r"\degree" in text or not match:
+        return text, "degree" if r"\degree" in text else ""
+    value, square, word, exponent, below = match.groups("")
+    exponent = {"square ": "2", "cubic ": "3"}.get(square, exponent)
+    names = [find_unit(word), find_unit(below)] if below else [find_unit(word)]
+    if "" in names or word == below or square and match[4]:
+        return text, ""
+    return value, "/".join(names) + exponent
+
+
+def find_unit(word):
+    stems = (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es"))
+    return next((UNITS[stem] for stem in stems if stem in UNITS), "")
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Tokens -> sympy objects. What would be too large is refused before it is built.
+# 3. Values. A formula is kept as what it is at 8 points, and where it is one, as an exact number.
+
+Value = namedtuple("Value", "op at exact names")  # op: that of `apply`, "constant", "symbol"
+NO_NAMES, POINTS = frozenset(), 8
+Group = namedtuple("Group", "op args names", defaults=[NO_NAMES])  # op: list, set, (), [),
+# union, matrix, row; a relation; "and" or "or" between relations
+RELATIONS = ("=", "!=", "<", "<=", ">", ">=", r"\in")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "^": lambda a, b: a**b if a or b.real > 0 else MP.nan, "root": lambda a, n: a ** (1 / n),
+    "%": lambda a: a / 100, r"\degree": lambda a: a * MP.pi / 180,
+    "!": lambda a: MP.factorial(a) if a in range(35) else MP.nan,
+    **{"\\" + name: getattr(MP, name.replace("arc", "a")) for name in FUNCTIONS}}
 
 
-def number(x, point=()):
-    """The value of an expression at a point, to 200 digits. It visits each node once; sympy's evalf
-    takes exponential time on ln(1 + ln(1 + ...))."""
-    if x.is_Rational:
-        return MP.mpf(x.p) / x.q
-    if x in point or x in EXACT:
-        return point[x] if x in point else EXACT[x]
-    args = [number(arg, point) for arg in x.args]
-    if x.is_Add:
-        sizes = [abs(arg) for arg in args if arg]
-        if sizes and max(sizes) > 10**140 * min(sizes):
-            raise OverflowError("a term that would vanish in rounding")
-        return MP.fsum(args)
-    if x.is_Mul:
-        return MP.fprod(args)
-    name = x.func.__name__
-    return getattr(MP, {"Abs": "fabs", "ceiling": "ceil", "Pow": "power"}.get(name, name))(*args)
+def apply(op, *values):
+    """The Value of an operation: `at`, its numbers at the points; `exact`, its Fraction if nothing
+    is left to compute, else None; the names in it."""
+    if not all(isinstance(value, Value) for value in values):
+        raise ValueError("a collection or a relation where a number is needed")
+    at = tuple(compute(op, *numbers) for numbers in zip(*(value.at for value in values)))
+    names = frozenset().union(*(value.names for value in values))
+    return Value(op, at, find_exact(op, *values), names)
 
 
-def bits(value):
-    return max((max(abs(n.p), n.q).bit_length() for n in value.atoms(Rational)), default=0)
+def compute(op, *numbers):
+    """A number of 150 digits, or nan where there is none.
+
+    Numbers other than 0 stay between 10^-40 and 10^40. Two that differ then do so in their first
+    100 digits, which are compared: cos(10^-40) is 1 - 5*10^-81.
+    """
+    if op == "neg":  # also of infinity, which is no result of other operations
+        return -numbers[0]
+    try:
+        value = OPERATIONS[op](*numbers)
+    except (ValueError, ZeroDivisionError):
+        return MP.nan
+    return value if not value or 1 < abs(value) * MAX_SIZE < MAX_SIZE**2 else MP.nan
 
 
-def tame(value, limit):
-    """The argument of a function that grows: refused if over `limit`, or a tower of powers."""
-    if value.has(oo, -oo) or value.is_number and abs(number(value)) > limit:
-        raise Unreadable("a number too large for where it stands")
-    if not value.is_number and (len(value.atoms(*GROWING)) > 2 or bits(value) > 20 or any(
-            p.exp.is_number and abs(p.exp) > 100 for p in value.atoms(sympy.Pow))):
-        raise Unreadable("a tower of powers")
-    return value
+def find_exact(op, first, last=None):
+    """The Fraction of what is a value although it has a sign: -3, 5%, 4!, 3/4, (3/4)^2"""
+    a, b = first.exact, last.exact if last else 1
+    if a is None or b is None:
+        return None
+    if op == "neg":
+        return -a
+    if op in ("%", r"\degree"):  # 30 degrees are 30, but in a sine pi / 6
+        return a / 100 if op == "%" else a
+    if op == "!" and a in range(200):
+        return Fraction(math.factorial(int(a)))
+    if op == "/" and b:
+        return a / b
+    bits = max(a.numerator.bit_length(), a.denominator.bit_length())
+    small = b.denominator == 1 and abs(b) * bits < MAX_BITS
+    one_power = op == "^" and a and {first.op, last.op} <= {"constant", "neg", "/"}
+    return a ** int(b) if one_power and small else None
 
 
-def power(base, exponent):
-    if tame(exponent, MAX_EXPONENT).is_number and abs(exponent) * bits(base) > MAX_BITS:
-        raise Unreadable("a power too large")
-    if not exponent.is_Integer and bits(base) > 4 * MAX_DIGITS:
-        raise Unreadable("a root of a number too large")
-    if base.has(oo, -oo) or base == 0 and not exponent.is_positive:
-        raise Unreadable("a power that is not defined")
-    if base.is_Rational and base < 0 and exponent.is_Rational and exponent.q % 2 and exponent.q > 1:
-        return (-1) ** exponent.p * (-base) ** exponent  # the real root: (-8)^(1/3) is -2
-    return base**exponent
+def constant(number, exact=None):
+    return Value("constant", (number,) * POINTS, exact, NO_NAMES)
 
 
-def factorial(n):
-    return sympy.factorial(tame(n, MAX_FACTORIAL))
+def rational(fraction):
+    """With over 40 digits it is exact only: to a formula such as \\pi it could come too near."""
+    short = max(abs(fraction.numerator), fraction.denominator) < MAX_SIZE
+    number = MP.mpf(fraction.numerator) / fraction.denominator if short else MP.nan
+    return constant(number, fraction)
 
 
-def binomial(n, k):
-    if n.is_Integer and k.is_Integer:
-        return sympy.binomial(tame(n, MAX_FACTORIAL), tame(k, MAX_FACTORIAL))
-    return factorial(n) / (factorial(k) * factorial(n - k))
+def symbol(name):
+    """A name has the same numbers in every text, at the first half of the points positive ones."""
+    rng = random.Random(name)
+    at = [MP.mpf(rng.randint(100, 3000)) / 1009 for _ in range(POINTS)]
+    at[POINTS // 2 :] = [x * rng.choice((-1, 1)) for x in at[POINTS // 2 :]]
+    return Value("symbol", tuple(at), None, frozenset([name]))
 
 
-EXACT = {sympy.pi: MP.pi, sympy.E: MP.e, sympy.I: MP.j, oo: MP.inf, -oo: -MP.inf}
-GROWING = (sympy.Pow, sympy.exp, sympy.factorial, sympy.binomial, sympy.sinh, sympy.cosh)
-CONSTANTS = {r"\pi": sympy.pi, r"\infty": oo, "e": sympy.E, "i": sympy.I, r"\$": UNITS["dollar"],
-    r"\emptyset": Group("set", ()), r"\Reals": Group("()", (-oo, oo)),
-    **{"\\" + unit: UNITS[unit] for unit in UNITS}}
-FUNCTIONS = {r"\exp": sympy.exp, r"\abs": sympy.Abs, **{"\\" + name: getattr(sympy, name.replace(
-    "arc", "a")) for name in "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan".split()}}
-LOGS = {r"\log": Symbol("the base of log", positive=True), r"\lg": Integer(10), r"\ln": sympy.E}
-OPERATORS = {  # how tightly it binds, and what it does
-    r"\cup": (1, operator.or_), r"\cap": (1, operator.and_), r"\setminus": (1, operator.gt),
-    "+": (2, operator.add), "-": (2, operator.sub), "*": (3, operator.mul),
-    "/": (3, operator.truediv), "^": (5, power), "!": (6, factorial), "%": (6, lambda x: x / 100)}
-CLOSING = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), r"\{": (r"\}",), "|": ("|",),
-    r"\langle": (r"\rangle",), r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",),
-    r"\matrix": (r"\endmatrix",)}
-AROUND = {"|": sympy.Abs, r"\lfloor": lambda x: sympy.floor(tame(x, 10**100)),
-    r"\lceil": lambda x: sympy.ceiling(tame(x, 10**100))}
-RELATIONS = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
-    "!=": operator.ne, "=": operator.eq, r"\in": None, r"\approx": None}
-FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
-SEPARATORS = (",", ";", "and", "or", "&", r"\\")
-ENDS = {"", "_", ":", *OPERATORS, *SEPARATORS, *RELATIONS, *sum(CLOSING.values(), ())} - {"|"}
+CONSTANTS = {r"\pi": constant(+MP.pi), "e": constant(+MP.e), "i": constant(MP.j),
+    r"\infty": constant(MP.inf), r"\emptyset": Group("set", ())}
 
 
-class Parser:
-    """Recursive descent over items, relations and, by how tightly signs bind, expressions."""
+# --------------------------------------------------------------------------------------------------
+# 4. Text -> values. Relations, commas and words such as `or` are operators too, which bind loosely.
 
-    def __init__(self, tokens):
-        self.tokens, self.at, self.used, self.open = tokens, 0, 0, []
-
-    def peek(self):
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
-
-    def take(self, *expected):
-        token = self.peek()
-        if not token or expected and token not in expected:
-            raise Unreadable(f"{token!r} instead of {' or '.join(expected) or 'more'}")
-        self.at += 1
-        return token
-
-    def apply(self, function, *values):
-        """function(*values) of numbers, expressions or sets, within the limits."""
-        if function in (operator.or_, operator.and_, operator.gt):
-            a, b = map(region, values)
-            return Region(a.ends + b.ends, lambda x: function(a.inside(x), b.inside(x)))
-        if function is operator.mul and isinstance(values[1], Group) and "matrix" in values[1].kind:
-            factor, (kind, items) = values
-            return Group(kind, tuple(self.apply(function, factor, item) for item in items))
-        if not all(isinstance(value, Expr) for value in values):
-            raise Unreadable("a collection or a relation where a number is needed")
-        value = function(*values)
-        self.used += bits(value)
-        if self.used > 4 * MAX_BITS or value.has(sympy.nan, sympy.zoo):
-            raise Unreadable("a number too large, or not defined")
-        return value
-
-    def items(self):
-        """-> the items of a list, each an expression or a relation, and the separators between."""
-        items, separators = [], []
-        while True:
-            parts, signs = [self.expression()], []
-            while self.peek() in RELATIONS:
-                signs.append(self.take())
-                parts.append(self.expression())
-            items.append(relate(parts, signs))
-            start = len(separators)
-            while self.peek() in SEPARATORS:  # `, and`
-                separators.append(self.take())
-            if start == len(separators) or self.peek() == r"\endmatrix":
-                return items, separators[: len(separators) if start == len(separators) else start]
-            if len(items) == MAX_ITEMS:
-                raise Unreadable(f"more than {MAX_ITEMS} items")
-
-    def expression(self, binding=0):
-        """What binds at least so tightly. A sign binds looser than a power: -2^2 is -4."""
-        if self.peek() in ("+", "-"):
-            sign = Integer(1 if self.take() == "+" else -1)
-            value = self.apply(operator.mul, sign, self.expression(4))
-        else:
-            value = self.atom()
-        while (token := self.peek()) in OPERATORS or self.more():
-            level, function = OPERATORS.get(token, OPERATORS["*"])  # side by side is multiplied
-            if level < binding:
-                break
-            before = self.tokens[self.at - 1]
-            if token in OPERATORS:
-                self.take()
-            elif token[0] in DIGITS and (before[0] in DIGITS or before == "}" and (
-                    self.tokens[self.at + 1 : self.at + 2] != ["^"])):  # 2^{n} 3^{m} is a product
-                raise Unreadable("two numbers side by side")
-            elif before[1:] in UNITS and (token[0] in DIGITS or token == "(") or (
-                    before[0] in DIGITS and token == "{"):
-                raise Unreadable("a number behind a unit, or in a group behind a number")
-            right = () if level == 6 else (self.expression(level + (level < 5)),)
-            value = self.apply(function, value, *right)
-        return value
-
-    def more(self):
-        """Whether the next token begins another factor."""
-        return self.peek() not in ENDS and not (self.peek() == "|" and "|" in self.open)
-
-    def atom(self):
-        token = self.take()
-        if token[0] in DIGITS:
-            if len(token) > MAX_DIGITS or len(token.lower().partition("e")[2]) > 5:
-                raise Unreadable("a number too large")
-            return Rational(token)
-        if token in CLOSING:
-            return self.bracket(token)
-        if token in (r"\frac", r"\binom"):
-            function = operator.truediv if token == r"\frac" else binomial
-            return self.apply(function, self.argument(), self.argument())
-        if token in (r"\sqrt", r"\Sqrt"):
-            index = self.bracket(self.take()) if self.peek() == "[" else Integer(2)
-            base = self.argument() if token == r"\sqrt" else self.atom()
-            return self.apply(power, base, self.apply(operator.truediv, Integer(1), index))
-        if token in FUNCTIONS or token in LOGS:
-            return self.function(token)
-        if token in CONSTANTS:
-            return CONSTANTS[token]
-        name = token.removeprefix("\\").removeprefix("var").replace("lambda", "lamda")  # Unicode's
-        try:
-            unicodedata.lookup(f"{'LATIN' if len(token) == 1 else 'GREEK'} SMALL LETTER {name}")
-        except KeyError:
-            raise Unreadable(f"{token!r} was not expected") from None
-        if self.peek() == "_" and self.take():
-            name += f"_{self.atom()}"
-        return Symbol(name, real=True)
-
-    def argument(self):
-        """What a TeX command takes: a group in braces, or one digit, letter or command."""
-        if len(self.peek()) > 1 and self.peek()[0].isdigit():
-            self.tokens[self.at : self.at + 1] = [self.peek()[0], self.peek()[1:]]
-        return self.atom()
-
-    def enter(self, opener):
-        self.open.append(opener)
-        if len(self.open) > MAX_DEPTH:
-            raise Unreadable(f"nested more than {MAX_DEPTH} deep")
-
-    def bracket(self, opener):
-        self.enter(opener)
-        items, separators = ([], []) if self.peek() == r"\}" else self.items()
-        kind = self.open.pop() + self.take(*CLOSING[opener])
-        if opener in AROUND:
-            return self.apply(AROUND[opener], *items)
-        if kind == "[]" and all(isinstance(item, Group) and item.kind == "[]" for item in items):
-            kind, separators = "", [r"\\"] * (len(items) - 1)  # [[1, 2], [3, 4]] is a matrix too
-            items = [x for item in items for x in item.items]
-        if kind in ("", r"\matrix\endmatrix"):
-            widths = {row.count("&") for row in " ".join(separators).split(r"\\")}
-            if len(widths) > 1:
-                raise Unreadable("a matrix with rows of several lengths")
-            kind = f"matrix of {1 + separators.count(chr(92) * 2)} rows"
-        elif len(items) == 1 and kind in ("()", "[]", "{}"):
-            return items[0]
-        kind = {"{}": "set", r"\{\}": "set", r"\langle\rangle": "()"}.get(kind, kind)
-        return Group(kind, tuple(items))
-
-    def function(self, name):
-        self.enter(name)
-        marks = {}
-        while (mark := self.peek()) in ("^", "_"):
-            self.take()
-            marks[mark] = self.expression(5)
-        bracketed = self.peek() in CLOSING
-        value = self.atom() if bracketed else self.expression(4)
-        while not bracketed and self.more() and self.peek() not in (*FUNCTIONS, *LOGS, *CLOSING):
-            value = self.apply(operator.mul, value, self.expression(4))  # \sin 2x
-        self.open.pop()
-        value = self.apply(lambda x: x.subs(UNITS["degree"], sympy.pi / 180), value)
-        if marks.get("^") == -1 and name.replace("\\", "\\arc") in FUNCTIONS:
-            name, marks = name.replace("\\", "\\arc"), {}
-        if name in LOGS:
-            base = marks.get("_", LOGS[name])
-            value = self.apply(lambda x, b: sympy.log(x) / sympy.log(b), value, base)
-        else:
-            value = self.apply(lambda x: FUNCTIONS[name](tame(x, 10**100)), value)
-        return self.apply(power, value, marks["^"]) if "^" in marks else value
+LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi"
+    r"|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)|[A-Za-z]")
+STOP = set("an as at be by if is it no not odd of on one red six ten the to two was yes".split())
+BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), -9), r"\\": -2, "&": -1,
+    ",": 0, "and": 0, "or": 0, **dict.fromkeys(RELATIONS, 1), r"\cup": 2, "+": 3, "-": 3, "*": 4,
+    "/": 4, "^": 6, "!": 7, "%": 7, r"\degree": 7}  # 4: also a product without a sign; 5: a sign before a number
+CLOSING = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\matrix": r"\endmatrix"}
 
 
 def parse_math(text):
-    """The text of an answer, in LaTeX, Unicode or plain writing -> a sympy object.
-
-    Numbers and expressions are sympy Exprs; what sympy has no class for that is safe is a Group, a
-    Region or a Relation of them. Raises Unreadable, or what sympy raises, on anything else.
-    """
-    text = normalize(text)
-    unit = text.lower().removesuffix("s") in UNITS or text == r"\$"
-    if unit or re.fullmatch("[A-Za-z '-]{3,}|[A-Z]{2}", text) and text.lower() not in NAMES:
-        raise Unreadable("words")
-    text = re.sub(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}", name_word, text)
-    tokens = [ALIASES.get(token, token) for token in TOKEN.findall(text)]
-    choices = tokens.count(r"\pm") or min(1, tokens.count(r"\mp"))
-    if len(tokens) > MAX_TOKENS or choices > MAX_SIGNS:
-        raise Unreadable(f"more than {MAX_TOKENS} tokens, or {MAX_SIGNS} plus-minus signs")
-    values = []
-    for signs in itertools.product("+-", repeat=choices):  # \mp is against the first \pm
-        signs = iter(["-" if signs[:1] == ("+",) else "+", *signs])
-        opposite = next(signs)
-        parser = Parser([{r"\pm": next(signs), r"\mp": opposite}[t] if t in (r"\pm", r"\mp") else t
-            for t in tokens])
-        value = combine(*parser.items())
-        if parser.peek():
-            raise Unreadable(f"{parser.peek()!r} was not expected")
-        several = choices and isinstance(value, Group) and value.kind in ("list", "set")
-        values += value.items if several else [value]
-    return combine(list(dict.fromkeys(values)), ["or"]) if choices else values[0]
+    """The text of an answer, as `normalize` returns it -> a Value or a Group. Raises ValueError."""
+    if is_words(text):
+        raise ValueError("words")
+    tokens = []
+    for token in text.split():
+        if len(token) == 1 or not token.isalpha() or token in ("and", "or"):
+            tokens.append(token)
+        elif len(token) > 3 or token.lower() in STOP:
+            raise ValueError(f"the word {token!r}")
+        else:
+            tokens += token  # xy is x times y
+    costly = sum(token in ("^", r"\sqrt") or token[1:] in FUNCTIONS for token in tokens)
+    if len(tokens) > MAX_TOKENS or costly > MAX_COSTLY:
+        raise ValueError(f"over {MAX_TOKENS} tokens, or over {MAX_COSTLY} powers and functions")
+    parser = Parser(tokens)
+    value = parser.parse(0)
+    parser.take("")
+    return value
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Relations and sets of real numbers
+class Parser:
+    """Precedence climbing: `parse` reads what binds at least as tightly as it is told."""
 
+    def __init__(self, tokens):
+        self.tokens = ["", *reversed(tokens)]  # the next one is the last
 
-def end(x):
-    """The end of an interval as a number, rounded so that two forms of it are the same."""
-    if not isinstance(x, Expr) or x.free_symbols or MP.im(number(x)):
-        raise Unreadable("a set whose ends are no real numbers")
-    return number(x) if x.has(oo) else MP.mpf(MP.nstr(number(x), 150))
+    def peek(self):
+        return self.tokens[-1]
 
+    def take(self, *expected):
+        token = self.peek()
+        if token not in expected and (expected or token == ""):
+            raise ValueError(f"{token!r} was not expected")
+        self.last = self.tokens.pop()
+        return self.last
 
-def region(value):
-    """A set of real numbers: (0, 1), where it stands beside a union sign, is an interval."""
-    if isinstance(value, Region):
+    def parse(self, binding):
+        if self.peek() in ("+", "-"):  # it binds looser than a power: -2^2 is -4
+            value = apply("neg", self.parse(5)) if self.take() == "-" else self.parse(5)
+        else:
+            value = self.atom()
+        factor = value  # the last one of a product
+        while (level := BINDING.get(self.peek(), 4)) >= binding:
+            if self.peek() not in BINDING:
+                value, factor = self.product(value, factor)
+                continue
+            sign = self.take()
+            if level == 7:
+                value = factor = apply(sign, value)
+            elif level > 2:
+                factor = self.parse(level + 1)
+                value = apply(sign, value, factor)
+                factor = value if sign == "^" else factor
+            elif level == 1:
+                parts, signs = [value, self.parse(2)], [sign]
+                while self.peek() in RELATIONS:
+                    signs.append(self.take())
+                    parts.append(self.parse(2))
+                value = relate(parts, signs)
+            else:
+                value = collect(sign, value, self.parse(level + 1))
+            if level > 5 and self.peek() == sign:
+                raise ValueError(f"{sign} twice")  # x^2^3; 3!! is not (3!)!
         return value
-    if not isinstance(value, Group) or "matrix" in value.kind:
-        raise Unreadable("no set of real numbers where one is needed")
-    ends = [end(x) for x in value.items]
-    if value.kind in ("list", "set"):
-        return Region(ends, lambda x: x in ends)
-    low, high = ends
-    return Region(ends, lambda x: low < x < high or x == low and value.kind[0] == "[" or (
-        x == high and value.kind[1] == "]"))
+
+    def product(self, value, before):
+        """A factor without a sign before it -> (value, factor). What may be no factor is refused."""
+        token, last, factor = self.peek(), self.last, self.parse(5)
+        power = before.exact is None and factor.op == "^"  # n 2^{n-1}
+        if token[0].isdigit() and not power or token == "{" and factor.exact is not None:
+            raise ValueError("two numbers side by side")
+        if token == r"\frac" and factor.exact is not None and before.exact is not None:
+            whole = value.op in ("constant", "neg") and value.exact.denominator == 1
+            if not whole or not 0 < factor.exact < 1:
+                raise ValueError("two numbers side by side")
+            mixed = rational(abs(value.exact) + factor.exact)  # 2\frac13
+            return (apply("neg", mixed) if value.exact < 0 else mixed), mixed
+        if token in ("(", "[") and last != ")" and before.op in ("symbol", "^") and (
+                before.names & set("fghFGHP") or factor.op in ("constant", "symbol", "^")):
+            raise ValueError("a function of a number, or a product?")
+        return apply("*", value, factor), factor
+
+    def atom(self):
+        token = self.take()
+        if token[0] in ".0123456789":
+            if len(token) > MAX_DIGITS or len(token.lower().partition("e")[2]) > 4:
+                raise ValueError("a number too large")
+            return rational(Fraction(token.replace(",", "")))
+        if token in CLOSING:
+            return self.bracket(token)
+        if token == r"\frac":
+            return apply("/", self.argument(), self.argument())
+        if token == r"\sqrt":
+            index = self.atom() if self.peek() == "[" else rational(Fraction(2))
+            return apply("root", self.argument(), index)
+        if token[1:] in FUNCTIONS:
+            return self.function(token)
+        if token in CONSTANTS:
+            return CONSTANTS[token]
+        name = re.sub("[{}]", "", token)
+        if not LETTER.fullmatch(name.partition("_")[0]):
+            raise ValueError(f"{token!r} was not expected")
+        return symbol(name)
+
+    def argument(self):
+        """What a TeX command takes: a group in braces, or one digit, letter or command."""
+        if self.peek()[:1].isdigit():
+            self.tokens += reversed(self.tokens.pop())
+        return self.atom()
+
+    def bracket(self, opener):
+        value = self.parse(-2 if opener == r"\matrix" else 0)
+        brackets = opener + self.take(*CLOSING[opener].split())
+        items = value.args if value.op == "list" else (value,)
+        if brackets in ("(]", "[)") and len(items) != 2:
+            raise ValueError("half an interval")
+        if len(items) == 1 and brackets in ("()", "[]", "{}") or opener == r"\matrix":
+            return value
+        return Group("set" if brackets[-1] == "}" else brackets, items)
+
+    def function(self, name):
+        """\\sin^2 x, \\log_2 8, \\sin 2x; refused if its end is in doubt, as in \\sin x/2"""
+        marks = {}
+        while self.peek() in ("^", "_"):
+            mark = self.take()
+            marks[mark] = self.argument()
+        bracketed = self.peek() in CLOSING
+        value = self.atom() if bracketed else self.parse(5)
+        while not bracketed and (LETTER.fullmatch(self.peek()) or self.peek() == r"\pi"):
+            value = apply("*", value, self.parse(5))
+        if not bracketed and (self.peek()[:1].isdigit() or self.peek() in ("/", *CLOSING)):
+            raise ValueError(f"an argument of {name} that may end in two places")
+        power = marks.get("^")
+        if power and power.exact == -1 and "\\arc" + name[1:] in OPERATIONS:
+            name, power = "\\arc" + name[1:], None
+        value = apply(name, value)
+        if name == r"\log":
+            value = apply("/", value, apply(name, marks.get("_") or symbol("the base of log")))
+        return apply("^", value, power) if power else value
+
+
+def collect(sign, left, right):
+    """1, 2 and 3; sets with \\cup between; the rows and cells of a matrix; x < 1 or x > 2"""
+    stated = any(x.op in (*RELATIONS[1:], "and", "or") for x in (left, right))
+    op = {r"\cup": "union", "&": "row", r"\\": "matrix"}.get(sign, sign if stated else "list")
+    items = (*left.args, right) if left.op == op else (left, right)
+    if len(items) > MAX_ITEMS:
+        raise ValueError(f"more than {MAX_ITEMS} items")
+    return Group(op, items)
 
 
 def relate(parts, signs):
-    """The value, relation or relations that a chain such as x = 1 + 1 = 2 or a < x < b states."""
-    if r"\approx" in signs:  # 1/3, which is about 0.33: the exact one counts
-        signs = signs[: signs.index(r"\approx")]
-        exact, *about = map(number, parts[len(signs) :])
-        if any(abs(x - exact) > abs(exact) / 20 for x in about):
-            raise Unreadable("what is said to be about equal is not")
-        parts = parts[: len(signs) + 1]
-    if set(signs) - {"="}:
-        return combine([Relation(*x) for x in zip(signs, parts, parts[1:])], ["and"])
-    if len(parts) == 2 and all(isinstance(x, Group) and x.kind == "()" for x in parts):
-        return combine([Relation("=", *x) for x in zip(*(x.items for x in parts))], ["and"])
-    free = signs and any(getattr(x, "free_symbols", 1) for x in (parts[0], parts[-1]))
-    if not all(compare(part, parts[-1])[0] for part in (parts[1:-1] if free else parts[:-1])):
-        raise Unreadable("an equation that does not hold")
-    return Relation("=", parts[0], parts[-1]) if free else parts[-1]
-
-
-def solution(item):
-    """x = 5 -> (x, 5);  2x > 6 -> (x, (3, oo));  a bare value -> (None, value);  else None."""
-    if not isinstance(item, Relation):
-        return None, item
-    sign, left, right = item
-    if sign in ("=", r"\in"):
-        if isinstance(right, Symbol) and not isinstance(left, Symbol):
-            left, right = right, left
-        names = left.items if isinstance(left, Group) else [left]
-        inside = right.free_symbols if isinstance(right, Expr) else ()
-        if all(isinstance(x, Symbol) and x not in inside for x in names):
-            return ", ".join(x.name for x in names), right
-    elif isinstance(left, Expr) and isinstance(right, Expr):
-        difference, symbols = left - right, list((left - right).free_symbols)
-        if isinstance(left, sympy.Abs) and sign in ("<", "<=", ">", ">="):  # |x| < 2
-            both = Relation(sign, *left.args, right), Relation(FLIPPED[sign], *left.args, -right)
-            return solution(combine(both, ["and" if "<" in sign else "or"]))
-        slope = difference.diff(symbols[0])
-        if len(symbols) == 1 and slope.is_number and slope != 0:
-            bound = end(-difference.subs(symbols[0], 0) / slope)
-            holds = RELATIONS[FLIPPED[sign] if number(slope) < 0 else sign]
-            return symbols[0].name, Region([bound, -MP.inf, MP.inf],
-                lambda x: holds(x, bound) and MP.isfinite(x))
-    return None
-
-
-def combine(items, separators):
-    """The items of a list as one value: x = 2 or x = 3 is x in {2, 3}; x > 1, x < 3 an interval."""
-    if len(items) == 1:
-        return items[0]
-    solved = [solution(item) for item in items]
-    if None in solved or not solved[0][0]:
-        return Group("list", tuple(items))
-    names, values = zip(*solved)
-    if {name and name.split("_")[0] for name in names} <= {names[0].split("_")[0], None}:  # x_1 too
-        value = Group("list", values)
-        if all(isinstance(value, Region) for value in values):
-            join = any if "or" in separators else all
-            value = Region(sum((region.ends for region in values), []),
-                lambda x: join(region.inside(x) for region in values))
-        return Relation(r"\in", Symbol(names[0].split("_")[0], real=True), value)
-    if None in names or len(set(names)) < len(names):
-        return Group("list", tuple(items))
-    symbols = tuple(Symbol(name, real=True) for name in names)  # x = 1, y = 2 is (x, y) = (1, 2)
-    return Relation("=", Group("()", symbols), Group("()", values))
+    """What a chain states: x = 1 + 1 = 2 is x = 2; 1 + 1 = 2 is 2; a < x < b is two relations"""
+    first, last = parts[0], parts[-1]
+    if set(signs) == {"="}:
+        states = isinstance(first, Group) or first.names or len(parts) == 2 and last.names
+        for part in parts[1:-1] if states else parts[:-1]:
+            if Group in (type(part), type(last)) or not equal_values(part, last):
+                raise ValueError("an equation that does not hold")
+        return Group("=", (first, last)) if states else last
+    if not set(signs) <= {"<", "<=", ">", ">="} and (
+            len(signs) > 1 or signs == [r"\in"] and isinstance(last, Value)):
+        raise ValueError("a chain of several kinds of relation, or x in what is no set")
+    relations = []
+    for sign, left, right in zip(signs, parts, parts[1:]):  # b > a is a < b
+        sides = (right, left) if ">" in sign else (left, right)
+        relations.append(Group(sign.replace(">", "<"), sides))
+    return Group("and", tuple(relations)) if len(relations) > 1 else relations[0]
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. Comparing
 
 
-RANGES = (1, 12, 1), (-97, 97, 97), (-60, -7, 1), (50, 900, 97), (-900, -50, 97)  # from, to; over
+def compare(answer, gold, gold_unit=""):
+    """-> (whether two values, groups or relations are equal, what decided)"""
+    (name, value), (gold_name, gold_value) = unname(answer), unname(gold)
+    if answer.op in RELATIONS and gold.op in RELATIONS:
+        if name and name == gold_name and compare(value, gold_value)[0]:
+            return True, f"the values of {name}"
+        return same_relation(answer, gold), "relations, up to a constant factor"
+    if value.op in RELATIONS or gold_value.op in RELATIONS or type(value) is not type(gold_value):
+        return False, "a value against several, or against a relation"
+    if isinstance(value, Group):
+        return same_items(value, gold_value), "item by item"
+    if value.op == "%" and gold_value.op == "constant" and not gold_unit and gold_value.exact > 1:
+        return value.exact in (gold_value.exact, gold_value.exact / 100), "a percentage"
+    if value.exact is None and gold_value.exact is not None:
+        return False, "an answer that still has to be computed"  # 3+4 for 7
+    return equal_values(value, gold_value), "values" if value.exact is None else "exact numbers"
 
 
-def samples(*expressions):
-    """Their values at random points where all are defined (and real, unless i is among them)."""
-    symbols = sorted(set().union(*(x.free_symbols for x in expressions)), key=str)
-    randint = random.Random(0).randint
-    real = symbols and not any(x.has(sympy.I) for x in expressions)
-    for trial in range(20 if symbols else 1):
-        low, high, below = RANGES[trial % 5]
-        point = {s: MP.mpf(randint(1 if s.is_positive else low, high)) / below for s in symbols}
-        try:
-            values = [number(x, point) for x in expressions]
-        except (ValueError, ZeroDivisionError, OverflowError):  # not defined here
-            continue
-        if all(MP.isfinite(v) and not (real and MP.im(v)) for v in values):
-            yield values
+def equal_values(answer, gold):
+    exact = answer.exact is not None and gold.exact is not None
+    return answer.exact == gold.exact if exact else find_ratio(answer, gold) == 1
 
 
-def near(a, b):
-    """Equal to 150 of 200 digits. Against a 0, what rounding leaves of 2 - sqrt(2)^2 is 0."""
-    larger = max(abs(a), abs(b))
-    return abs(a - b) <= larger / MP.mpf(10) ** 150 or not (a and b) and larger < MP.mpf(10) ** -150
+def find_ratio(answer, gold):
+    """answer / gold if it is one number at all points where the gold is real, or if that is nowhere,
+    at those where it is a number; else None"""
+    known = [(a, b) for a, b in zip(answer.at, gold.at) if b == b]  # nan is not nan
+    real = [(a, b) for a, b in known if not b.imag]
+    numbers = real if len(real) > 2 else known
+    ratios = [1 if a == b else a / b if b else MP.nan for a, b in numbers]
+    first = 1 if ratios and abs(ratios[0] - 1) <= NOISE else ratios[0]
+    same = len(ratios) > 2 and all(abs(ratio - first) <= NOISE * abs(first) for ratio in ratios)
+    return first if same else None
 
 
-def compare(a, b):
-    """-> (whether two values that parse_math returned are equal, the rung that decided)."""
-    if isinstance(a, Relation) and isinstance(b, Relation):
-        a, b = by_name(a), by_name(b)
-    if isinstance(a, Relation) or isinstance(b, Relation):
-        known = [solution(a), solution(b)]
-        if None not in known and (known[0][0] == known[1][0] or None in (known[0][0], known[1][0])):
-            equal, rung = compare(known[0][1], known[1][1])
-            if equal or not isinstance(a, type(b)):
-                return equal, rung
-        return same_relation(a, b), "relations, up to a constant factor"
-    if isinstance(a, Region) or isinstance(b, Region):
-        try:
-            a, b = region(a), region(b)
-        except Unreadable:
-            return False, "a set of real numbers against something else"
-        ends = sorted({*a.ends, *b.ends} - {-MP.inf, MP.inf}) or [MP.mpf(0)]
-        probes = [ends[0] - 1, *ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[-1] + 1]
-        return all(a.inside(x) == b.inside(x) for x in probes), "sets, at and between their ends"
-    if isinstance(a, Group) or isinstance(b, Group):
-        loose = [isinstance(x, Group) and x.kind in ("list", "set") for x in (a, b)]
-        if not isinstance(a, type(b)) or not all(loose) and a.kind != b.kind:
-            return False, "collections of another kind"
-        left = list(b.items)
-        for item in a.items:
-            candidates = left if all(loose) else left[:1]
-            match = next((i for i, x in enumerate(candidates) if compare(item, x)[0]), None)
-            if match is None:
-                return False, "item by item"
-            left.pop(match)
-        return not left, "item by item"
-    if not isinstance(a, Expr) or not isinstance(b, Expr):
-        return False, "one value against several"
-    if a == b or a.is_Rational and b.is_Rational:
-        return a == b, "exact rational numbers" if a.is_Rational else "the same expression"
-    if bool(a.free_symbols & ALL_UNITS) != bool(b.free_symbols & ALL_UNITS):
-        bare = [x.as_independent(*ALL_UNITS, as_Add=False)[0] if x.is_Mul or x.is_Symbol else x
-            for x in (a, b)]
-        if not (bare[0].free_symbols | bare[1].free_symbols) & ALL_UNITS:
-            return compare(*bare)
-    symbols, count = a.free_symbols | b.free_symbols, 0
-    for count, pair in enumerate(samples(a, b), 1):
-        if not near(*pair):
-            break
-    else:
-        if count >= (3 if symbols else 1):
-            return True, f"expressions, at {count} points" if symbols else "numbers, to 150 digits"
-    return False, f"expressions, at point {count}" if symbols else "numbers, to 150 digits"
+def unname(x):
+    """x = 5 -> ("x", 5);  x \\in S -> ("x", S);  (x, y) = (1, 2) -> ("x, y", (1, 2))"""
+    if x.op in ("=", r"\in"):
+        for left, right in (x.args, x.args[::-1]):  # 5 = x
+            items = left.args if left.op == "()" else (left,)
+            names = ["".join(item.names) for item in items if item.op == "symbol"]
+            if len(names) == len(items) and names == sorted(names) and not right.names & set(names):
+                return ", ".join(names), right
+    return "", x
 
 
-def by_name(relation):
-    """(y, x) = (2, 1) -> (x, y) = (1, 2)"""
-    _, left, right = relation
-    if not all(isinstance(x, Group) and x.kind == "()" and x.items for x in (left, right)):
-        return relation
-    names, values = zip(*sorted(zip(left.items, right.items), key=str))
-    return Relation("=", Group("()", names), Group("()", values))
-
-
-def same_relation(a, b):
-    """2y = 4x + 2 is y = 2x + 1, -x < y is y > -x: the sides' difference, up to a factor."""
-    if type(a) is not type(b) or not all(isinstance(x, Expr) for x in (*a[1:], *b[1:])):
+def same_items(answer, gold):
+    loose = {answer.op, gold.op} <= {"list", "set"}
+    if answer.op != gold.op and not loose or len(answer.args) != len(gold.args):
         return False
-    signs = [FLIPPED[x.sign] if ">" in x.sign else x.sign for x in (a, b)]
-    pairs = list(samples(*((x.right - x.left) * (1 if ">" in x.sign else -1) for x in (a, b))))
-    return signs[0] == signs[1] and len(pairs) > 2 and all(
-        x != 0 != y and near(x * pairs[0][1], y * pairs[0][0]) and (
-            signs[0] in ("=", "!=") or x / y > 0) for x, y in pairs)
+    names, gold_names = ({unname(x)[0].partition("_")[0] for x in y.args} for y in (answer, gold))
+    if names != gold_names and len(names | gold_names) > 2:  # x = 1, y = 2 are not any 1 and 2
+        return False
+    left = list(gold.args)
+    for item in answer.args:
+        candidates = left if loose or gold.op in ("union", "and", "or") else left[:1]
+        match = next((i for i, x in enumerate(candidates) if compare(item, x)[0]), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return True
 
 
-def choice(text):
-    """(B), B., Option B, (B) 42 -> ("B", what follows it); no choice: ("", text)."""
-    match = re.fullmatch(r"(?:option |choice )?(\()? ?([A-Z])(?(1) ?\)|[.:)]?)"
-        r"(?:(?<=[.:)]) ([\w\\$-].*))?", text, re.I)
-    hedge = match and re.search(r"\([A-Z]\)|\b(?:and|or|not|is|wrong|no|maybe|perhaps|probably"
-        r"|[B-H])\b", match[3] or "")
-    return (match[2], match[3] or "") if match and match[2].isupper() and not hedge else ("", text)
-
-
-def judge(response, gold):
-    """-> (whether the response's answer equals the gold, the rung of the ladder that decided)"""
-    answer, where = find_answer(response)
-    if any(mark in gold for mark in ("\\boxed", "\\fbox", "#### ", "<answer>")):
-        gold = find_answer(gold)[0] or ""
-    if answer is None:
-        return False, where
-    try:
-        text, gold = normalize(answer), normalize(gold)
-        squeezed = [re.sub(r"(?<!\w) | (?!\w)|(?<=\d) (?=[a-z])", "", x) for x in (text, gold)]
-        if squeezed[0] == squeezed[1]:
-            return text != "", "the same text"
-        (letter, value), (gold_letter, gold_value) = choice(text), choice(gold)
-        if letter and gold_letter:
-            same_value = not value or not gold_value or judge(value, gold_value)[0]
-            return letter == gold_letter and same_value, "the choice letter"
-        if gold.lower() in STOP or gold not in NAMES and re.fullmatch("[A-Za-z '-]{4,}", gold):
-            return text.lower() == gold.lower(), "the same words"
-        return compare(parse_math(value or text), parse_math(gold_value or gold))
-    except Exception as error:  # sympy raises errors of many types, and model text finds them all
-        return False, f"no way to compare: {error}"
-
-
-def verify(response, gold):
-    """True if the response's answer equals the gold answer. Never raises; not text: False."""
-    return isinstance(response, str) and isinstance(gold, str) and judge(response, gold)[0]
+def same_relation(answer, gold):
+    """2y = 4x + 2 is y = 2x + 1: the differences of the sides have one ratio at all points."""
+    names = [left.names | right.names for left, right in (answer.args, gold.args)]
+    if answer.op != gold.op or gold.op == r"\in" or names[0] != names[1]:
+        return False
+    (number, formula), (gold_number, gold_formula) = (
+        sorted(x.args, key=lambda side: side.exact is None) for x in (answer, gold))
+    if gold_number.exact is not None and gold_formula.op == "symbol" and (
+            number.exact is None or find_ratio(formula, gold_formula) is None):
+        return False  # x + 2 = 7 is not x = 5, but the question
+    ratio = find_ratio(apply("-", *answer.args), apply("-", *gold.args))
+    return bool(ratio) and (gold.op in ("=", "!=") or not ratio.imag and ratio > 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -766,7 +620,7 @@ class Worker:
     def start(self):
         self.process = subprocess.Popen([sys.executable, __file__, "--worker"], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # no Ctrl-C
-        self.process.stdout.readline()  # it has imported sympy: from here on time counts
+        self.process.stdout.readline()  # it has imported all: from here on time counts
 
     def ask(self, pair, timeout):
         for _ in range(2):  # again, if it had died of something else
@@ -782,12 +636,13 @@ class Worker:
                 reply = ""
             timer.cancel()
             late = time.monotonic() - started >= timeout
-            if late or not reply:
-                self.process.kill()
-                self.process.wait()
-                self.process = None
-            if late or reply:
-                return reply == "true\n" and not late
+            if reply and not late:
+                return reply == "true\n"
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            if late:
+                return False
         raise RuntimeError("verify.py's worker process does not run: try python verify.py 4 4")
 
 
@@ -805,18 +660,13 @@ def verify_batch(responses, golds, timeout=2.0):
             for pair in zip(responses, golds)]
 
 
-def show(value):
+def show(x):
     """What parse_math returned, for people."""
-    if isinstance(value, Group):
-        items = ", ".join(map(show, value.items))
-        return f"{value.kind[0]}{items}{value.kind[1]}" if value.kind[0] in "([" else (
-            f"{value.kind}: {items or 'nothing'}")
-    if isinstance(value, Relation):
-        return f"{show(value.left)} {value.sign} {show(value.right)}"
-    if isinstance(value, Region):
-        ends = sorted({*value.ends} - {MP.inf, -MP.inf})
-        return "real numbers, with ends at " + ", ".join(MP.nstr(x, 8) for x in ends)
-    return f"{value}"
+    if isinstance(x, Group):
+        return f"{x.op}: {', '.join(show(item) for item in x.args) or 'nothing'}"
+    if x.exact is not None:
+        return str(x.exact)
+    return f"a formula in {', '.join(sorted(x.names))}" if x.names else MP.nstr(x.at[0], 12)
 
 
 def main():
@@ -829,14 +679,15 @@ def main():
         print("usage: python verify.py RESPONSE GOLD", file=sys.stderr)
         raise SystemExit(2)
     answer, where = find_answer(sys.argv[1])
-    equal, rung = judge(*sys.argv[1:])
+    equal, why = judge(*sys.argv[1:])
     print(f"answer      {answer or 'none'}   ({where})")
     for line, text in ("", answer), (f"gold        {sys.argv[2]}\n", sys.argv[2]):
         try:
-            print(f"{line}  read as   {show(parse_math(text or ''))}")
+            value, unit = split_unit(normalize(text or ""))
+            print(f"{line}  read as   {show(parse_math(value))} {unit}".rstrip())
         except Exception as error:  # as in `judge`
             print(f"{line}  read as   no mathematics: {error}")
-    print(f"{'EQUAL' if equal else 'NOT EQUAL':11s} by: {rung}")
+    print(f"{'EQUAL' if equal else 'NOT EQUAL':11s} by: {why}")
     raise SystemExit(0 if equal else 1)
 
 

@@ -1,5 +1,6 @@
 """What verify.py calls equal. A wrong checker trains a wrong model, and no loss curve shows it."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 import verify as verify_module
-from verify import Unreadable, extract_answer, parse_math, verify, verify_batch
+from verify import extract_answer, normalize, parse_math, show, verify, verify_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
-# By kind: what the kind guards against, pairs that are equal, pairs that are not. A line is one pair,
-# `what stands in the box == the gold answer`; each is tried in both directions.
+# By kind: what the kind guards against, and three tables of pairs, one a line, `what stands in the box == the
+# gold answer`: equal in both directions; the first answers the second, but not the other way round, since a
+# gold that is a number asks for a value; in no direction.
 KINDS = {
     "integers": ("Digits compared as text, or as floats, which end at 2^53.", r"""
         42 == 42
@@ -32,7 +35,7 @@ KINDS = {
         2^{100} == 1267650600228229401496703205376
         2^10 == 1024
         -2^2 == -4
-        """, r"""
+        """, "", r"""
         41 == 42
         -7 == 7
         2^{100} == 2^{100}+1
@@ -50,13 +53,11 @@ KINDS = {
         \frac1{72} == 1/72
         6/8 == 3/4
         2\frac12 == 5/2
-        2 1/3 == 7/3
         -2\frac12 == -5/2
         ½ == 0.5
         2½ == 5/2
         \frac{4}{\frac32} == 8/3
-        {3 \over 4} == 3/4
-        """, r"""
+        """, "", r"""
         \frac{3}{4} == \frac{4}{3}
         -2\frac12 == -3/2
         \frac112 == 1/12
@@ -71,10 +72,7 @@ KINDS = {
         .5 == 1/2
         2.0 == 2
         2.50 == 2.5
-        0.\overline{3} == \frac13
-        0.1\overline{6} == \frac16
-        \frac13 \approx 0.333 == 1/3
-        """, r"""
+        """, "", r"""
         0.333 == 1/3
         0.33333333333333333333 == 1/3
         0.500000001 == 1/2
@@ -89,9 +87,17 @@ KINDS = {
         12.5\% == 1/8
         25 \text{ percent} == 25\%
         """, r"""
-        5 == 5\%
+        20\% == 20
+        12.5% == 12.5
+        5\% == 5
+        """, r"""
         0.5\% == 0.5
         45\% == 45^\circ
+        20\% == 200
+        0.5\% == 0.5
+        1\% == 1
+        2000\% == 2
+        20\% == 20 \text{ cm}
         """),
     "money and thousands": ("A comma separates thousands, or the items of a list.", r"""
         $18 == 18
@@ -104,19 +110,25 @@ KINDS = {
         11,\! 111,\! 111 == 11111111
         \$1,234.50 == 1234.5
         1.5 million == 1500000
-        """, r"""
+        100,200 == 100, 200
+        100,200 == 100200
+        -\$5 == -5
+        $1,234.50 == \$1234.50
+        """, "", r"""
         12,34 == 1234
         1,23 == 123
         1,234 == 1.234
         (1,234) == 1234
+        \$3,\$4 == 34
+        \$5 and \$6 == 5
+        1,2345 == 12345
         """),
     "scientific notation": ("3.2e-4 is a number here, not 3.2 times e minus 4.", r"""
         3.2e-4 == 0.00032
         3.2\times10^{-4} == 0.00032
         3.2 x 10^-4 == 3.2e-4
         6.02\cdot 10^{23} == 602000000000000000000000
-        10⁻⁴ == 0.0001
-        """, r"""
+        """, "", r"""
         3.2e-4 == 3.2e-5
         3.2\times10^{4} == 3.2\times10^{-4}
         """),
@@ -133,7 +145,14 @@ KINDS = {
         1\text{ day} == 1
         5\text{ in} == 5
         25\pi\text{ in}^2 == 25\pi
-        """, r"""
+        8 meals == 8
+        8 meals == 8 \text{ meals}
+        7 candies == 7
+        25\pi \text{ cm}^2 == 25\pi
+        x = 5 \text{ cm} == 5
+        864 \mbox{ inches}^2 == 864
+        5 dollars per hour == 5
+        """, "", r"""
         5\text{ cm} == 5\text{ m}
         5\text{ cm}^2 == 5\text{ cm}
         5\text{ cm} == 6
@@ -146,13 +165,34 @@ KINDS = {
         5 dollars 25 cents == 125
         cm == 1
         men == 1
+        12 m^2 n == 12 n
+        5\mathbf{g} == 5
+        3\cup == 3
+        2\min == 2
+        3\sec == 3
+        5m == 5
+        5 m == 5
+        5\cos(3 cm) == 5
+        7/(cm+9) == 7
+        5 cm^{99} == 5
+        5 cm/cm == 5
+        5+cm == 5
+        5 per cent == 5 \text{ cents}
+        8 cm == 8^\circ
+        8 meals == 8 cm
+        8 halves == 8
+        2x^3 ml == 2x^3
+        8 dozen == 8
+        8 squared == 8
+        8 km/h == 8 km
         """),
     "degrees": ("Degrees alone are a unit; in a sine they are a factor.", r"""
         30^\circ == 30
         30° == 30^{\circ}
         30 \text{ degrees} == 30^\circ
-        \sin 30^\circ == 1/2
-        \tan 45° == 1
+        """, r"""
+        1/2 == \sin 30^\circ
+        1 == \tan 45°
         """, r"""
         30^0 == 30
         \sin 30 == 1/2
@@ -161,14 +201,13 @@ KINDS = {
     "roots": ("Surds are compared to more digits than a float has.", r"""
         \sqrt2 == \sqrt{2}
         √2 == \sqrt{2}
-        √16 == 4
         \sqrt{12} == 2\sqrt{3}
         \sqrt[3]{16} == 2\sqrt[3]{2}
         \frac{1}{\sqrt2} == \frac{\sqrt2}{2}
         \sqrt{3+2\sqrt2} == 1+\sqrt2
-        (-8)^{1/3} == -2
-        8^{2/3} == 4
-        ∛16 == 2\sqrt[3]{2}
+        """, r"""
+        -2 == (-8)^{1/3}
+        4 == 8^{2/3}
         """, r"""
         \sqrt{2} == 2
         \sqrt[3]{16} == \sqrt{16}
@@ -180,11 +219,12 @@ KINDS = {
         4*pi == 4\pi
         2π/3 == \frac{2\pi}{3}
         3+4i == 4i+3
-        i^2 == -1
-        e^{i\pi} == -1
         \frac{1}{i} == -i
         \infty == +\infty
         \infty == infinity
+        """, r"""
+        -1 == i^2
+        -1 == e^{i\pi}
         """, r"""
         i == -i
         3+4i == 3-4i
@@ -201,11 +241,9 @@ KINDS = {
         \frac{1}{x+1}-\frac{1}{x+2} == \frac{1}{(x+1)(x+2)}
         e^{2x} == (e^x)^2
         (-1)^{n+1} == -(-1)^n
-        \alpha+\beta == β + α
-        |x-1| == |1-x|
         a_1+a_2 == a_{2}+a_{1}
         \sqrt{(1-x)(1+x)} == \sqrt{1-x^2}
-        """, r"""
+        """, "", r"""
         2^{n+1} == 2^n+1
         (x+1)^2 == x^2+1
         x^2+1 == x^2-1
@@ -226,13 +264,20 @@ KINDS = {
         x = \frac64=\frac32 == 1.5
         y=2x+1 == 2y=4x+2
         y=2x+1 == 2x+1
-        f(x)=2x == 2x
-        \text{Area} = 24 == 24
-        P(A) = \frac{5}{36} == \frac{5}{36}
         x^2+y^2=25 == y^2=25-x^2
         \frac{x}{2}+\frac{y}{3}=1 == 3x+2y=6
         2+3=5 == 5
-        """, r"""
+        x=y == y=x
+        2x=10 == x=5
+        10=2x == x=5
+        \frac{x}{2}=\frac52 == x=5
+        (x-1)(x-2)=0 == x^2-3x+2=0
+        x^2-3x+2=0 == x^2=3x-2
+        y=(x-1)^2+2 == y=x^2-2x+3
+        80+150=230 == 230
+        80+150=230 miles == 230
+        \frac{1}{2}\cdot 6 = 3 \text{ cm} == 3
+        """, "", r"""
         5=6 == 6
         x=5 == y=5
         x=5 == x=6
@@ -248,6 +293,15 @@ KINDS = {
         x_1=3 == x_2=3
         3 \approx 4 == 3
         3.14... == 3.14
+        Maybe = 5 == 5
+        x-x=0 == 0x=5
+        x=x == 0x=0
+        0=0 == x=5
+        x^2=25 == x=5
+        x(x-5)=0 == x=5
+        xy=0 == y=0
+        x=y == x=-y
+        5=x=6 == 6
         """),
     "tuples and lists": ("Lists match in any order, tuples in theirs; a missing item is a wrong answer.", r"""
         (1,2) == (1, 2)
@@ -258,10 +312,11 @@ KINDS = {
         x=2, x=3 == 2,3
         x_1=2, x_2=3 == 3, 2
         (x,y)=(1,2) == (1,2)
-        y=2, x=1 == (x,y)=(1,2)
-        m = 3, b = 2 == (3,2)
         (1,2),(3,4) == (3,4), (1,2)
-        """, r"""
+        x_1=3, x_2=2 == x_2=2, x_1=3
+        x = 1 \pm \sqrt2 == 1 \pm \sqrt2
+        1, 2, \text{ and } 3 == 1, 2, 3
+        """, "", r"""
         (1,2) == (2,1)
         (1,2,3) == (1,2)
         1, 2 == 1, 2, 3
@@ -272,6 +327,12 @@ KINDS = {
         1, 1, 2 == 1, 2, 2
         x=1, y=2 == x=2, y=1
         m = 2, b = 3 == (3,2)
+        y=1, x=2 == (1,2)
+        y=1, x=2 == 1,2
+        (y,x)=(1,2) == (1,2)
+        x_1=3, x_2=2 == x_1=2, x_2=3
+        ((1,2),3) == (1,2,3)
+        5, 5 == 5
         """),
     "sets": ("Sets have no order; the empty set is not the set of 0.", r"""
         \{1,2\} == \{2,1\}
@@ -279,7 +340,7 @@ KINDS = {
         \emptyset == \varnothing
         ∅ == \{\}
         \{(1,2),(3,4)\} == \{(3,4),(1,2)\}
-        """, r"""
+        """, "", r"""
         \{1,2,3\} == \{1,2\}
         \{0\} == \emptyset
         0 == \emptyset
@@ -289,33 +350,37 @@ KINDS = {
         [0,\infty) == [0, +\infty)
         (-\infty,1)\cup(2,\infty) == (2,\infty)\cup(-\infty,1)
         (-inf,1) U (2,inf) == (-∞,1)∪(2,∞)
-        \mathbb{R}\setminus\{1\} == (-\infty,1)\cup(1,\infty)
-        [0,1]\cup[1,2] == [0,2]
         (0, \sqrt{3+2\sqrt2}]\cup\{9\} == (0, 1+\sqrt2]\cup\{9\}
         [a,b) == [a, b)
-        ]0,1[ == (0,1)
-        """, r"""
+        """, "", r"""
         [0,1] == (0,1)
         [0,1) == (0,1]
         (0,1) == (0,2)
         (-\infty,1)\cup(2,\infty) == (-\infty,1]\cup(2,\infty)
         (-\infty,1)\cup(2,\infty) == (-\infty,2)
         [0,1)\cup(1,2] == [0,2]
+        x<0 \text{ and } x>1 == (3,1)
+        x<0 and x>1 == (5,5)
+        1<x<0 == (1,0)
+        1<x<2 == (1,3)
+        \emptyset\cup\emptyset == (2,1)
+        (1,0)\cup(1,0) == (5,5)
+        \emptyset == (1,0)
+        x \in \emptyset == (3,1)
+        x \in A == A
+        (0,1)\cup(2,3) == (0,1), (2,3)
         """),
     "inequalities": ("A direction turns when divided by a negative number; strict is not weak.", r"""
         2x>6 == x>3
         -2x<6 == x>-3
         5>x>-2 == -2<x<5
-        -2 < x < 5 == (-2,5)
-        x \in (-2,5) == -2<x<5
-        x \le 4 == (-\infty, 4]
         x≥4 == 4 \leq x
-        x < 1 \text{ or } x > 2 == (-\infty,1)\cup(2,\infty)
-        x \neq 1 == (-\infty,1)\cup(1,\infty)
-        |x| < 2 == -2<x<2
-        \{x \mid x > 3\} == x>3
         2x+2y>6 == x+y>3
-        """, r"""
+        b \ge a == a \le b
+        a<b<c == c>b>a
+        x<1 \text{ or } x>2 == x>2 \text{ or } x<1
+        x \neq 5 == 5 \neq x
+        """, "", r"""
         x>3 == x<3
         x\ge3 == x>3
         x>3 == y>3
@@ -323,14 +388,18 @@ KINDS = {
         -2<x<5 == -2\le x<5
         x < 1 \text{ or } x > 2 == x > 2
         2x+2y>6 == x+y<3
+        x<1 \text{ or } x>2 == x<1 \text{ and } x>2
+        a<b == b<a
+        a \le b == a < b
+        x<x+1 == y<y+1
+        -x<3 == x<-3
         """),
     "matrices": ("Item by item, and of one shape: a row is not a column.", r"""
         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix}1 & 2\\ 3 & 4\end{bmatrix}
         \begin{pmatrix}1\\2\\\end{pmatrix} == \begin{pmatrix} 1 \\ 2 \end{pmatrix}
-        \begin{pmatrix}\frac12&0\\0&1\end{pmatrix} == \frac12\begin{pmatrix}1&0\\0&2\end{pmatrix}
         \left(\begin{array}{cc}1&2\\3&4\end{array}\right) == \begin{pmatrix}1&2\\3&4\end{pmatrix}
-        [[1,2],[3,4]] == \begin{pmatrix}1&2\\3&4\end{pmatrix}
-        """, r"""
+        \begin{pmatrix}x&0\\0&1\end{pmatrix} == \begin{pmatrix}\frac{2x}{2}&0\\0&1\end{pmatrix}
+        """, "", r"""
         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{pmatrix}1&3\\2&4\end{pmatrix}
         \begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix}1&2\end{pmatrix}
         \begin{pmatrix}1&2&3&4\end{pmatrix} == \begin{pmatrix}1&2\\3&4\end{pmatrix}
@@ -343,23 +412,31 @@ KINDS = {
         \frac{1±\sqrt5}{2} == \frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}
         (\pm1, 0) == (1,0), (-1,0)
         \{1\pm\sqrt5,-2\} == \{-2, 1-\sqrt5, 1+\sqrt5\}
-        """, r"""
+        """, "", r"""
         \pm3 == 3
         2\pm\sqrt3 == 2+\sqrt3
         1\pm\sqrt2 == 1\pm\sqrt3
+        x \neq \pm 5 == x \neq 5
+        x > \pm 5 == x > 5
+        x \neq \pm 5 == \mathbb{R}
         """),
     "functions": ("Arguments without brackets, inverse functions, the base of a log.", r"""
         \ln 4 == 2\ln 2
         \ln 2+\ln 3 == \ln 6
-        \log_2 8 == 3
-        \log_{10} 100 == 2
-        \frac{\log 8}{\log 2} == 3
-        \sin\frac{\pi}{6} == \frac12
         \sin 2x == 2\sin x\cos x
-        \cos^2 x + \sin^2 x == 1
-        \sin^{-1}(1) == \frac{\pi}{2}
-        arctan(1) == \pi/4
         -\frac{1}{2}\cos 2t + 1 == 1-\frac{\cos(2t)}{2}
+        \log 6 == \log 2+\log 3
+        \log x^2 y == \log(x^2y)
+        \ln\frac{x}{y} == \ln x-\ln y
+        \sqrt{8x^3} == 2x\sqrt{2x}
+        """, r"""
+        3 == \log_2 8
+        2 == \log_{10} 100
+        3 == \frac{\log 8}{\log 2}
+        \frac12 == \sin\frac{\pi}{6}
+        1 == \cos^2 x + \sin^2 x
+        \frac{\pi}{2} == \sin^{-1}(1)
+        \pi/4 == arctan(1)
         """, r"""
         \cos x == \sin x
         \sin^{-1}(1) == \frac{1}{\sin 1}
@@ -369,15 +446,12 @@ KINDS = {
         """),
     "factorials and binomials": ("5! is 120, and not an excited 5.", r"""
         5! == 120
-        \frac{n!}{(n-1)!} == n
-        \frac{10!}{3!\,7!} == \binom{10}{3}
-        \binom52 == 10
-        {6 \choose 3} == 20
-        \binom{n}{2} == \frac{n(n-1)}{2}
-        """, r"""
+        """, "", r"""
         5! == 5
         \binom53 == 20
         \binom{n}{2} == \frac{n(n+1)}{2}
+        3!! == 720
+        3!! == 3
         """),
     "number bases": ("52_8 is the number 42: not 52, and not 52_9.", r"""
         52_8 == 52_{8}
@@ -385,19 +459,19 @@ KINDS = {
         2A_{16} == 42
         (1010)_2 == 10
         \text{52}_8 == 101010_2
-        """, r"""
+        """, "", r"""
         52_8 == 52_9
         52_8 == 52
         89_8 == 89
+        0x1F == 0
+        0x1F == 31
         """),
     "choices": ("A letter, in whatever dress; two letters are hedging.", r"""
         (B) == B
-        \textbf{(B)} 42 == B
-        \textbf{(B)}\ 42 == 42
         \text{B} == (B)
         B. == B
         Option B == B
-        """, r"""
+        """, "", r"""
         (C) == B
         A, B == A
         A or B == A
@@ -410,12 +484,17 @@ KINDS = {
         (B) 43 == (B) 42
         \textbf{(C)} 42 == B
         b+1 == B
+        (B) but also A == B
+        (B) or A == B
+        B A == B
+        B and C == B
+        A/B == A
         """),
     "words": ("Where the gold is a word, letters count, not their product: north is not thorn.", r"""
         Thursday == thursday
         \text{Yes} == yes
         \text{no solution} == No solution
-        """, r"""
+        """, "", r"""
         Thursday == Tuesday
         north == thorn
         top == pot
@@ -426,7 +505,6 @@ KINDS = {
         \text{not odd} == odd
         """),
     "dress": ("What stands around an answer, and what Unicode offers, changes no value.", r"""
-        １２３ == 123
         6. == 6
         {6} == 6
         **42** == 42
@@ -434,16 +512,26 @@ KINDS = {
         \left(\frac{1}{2}\right) == 1/2
         \displaystyle \frac{1}{2} == 1/2
         \mathbf{7} == 7
-        x₁ + 1 == x_1+1
         3\hspace{1mm} == 3
-        """, r"""
+        3{x} == 3x
+        2 m == 2m
+        \dfrac{x}{2} == \frac x2
+        """, "", r"""
         x₁ == x^1
         x2 == x²
         4\text{ }2 == 24
+        ① == 1
+        5' == 5
+        \overline{5} == 5
+        x²³ == x^{23}
+        2^2^3 == 256
+        5? == 5
+        5 mod 3 == 5
+        5:6 == 5
         """),
     "hedging": ("One answer must be given; nothing, or more, is wrong.", r"""
         12 == 12
-        """, r"""
+        """, "", r"""
         not 12 == 12
         12 maybe == 12
         12 or 13 == 12
@@ -453,23 +541,159 @@ KINDS = {
         \ldots == 12
         x == 12
         """),
+    "functions of numbers": ("Application read as a product: f(0) is not 0.", "", "", r"""
+        f(0) == 0
+        f(0)+3 == 3
+        I(0)e^t == 0
+        x(0) == 0
+        x(1) == x
+        g(1) == g
+        f(x) == fx
+        f^{-1}(0) == 0
+        """),
+    "tiny and large numbers": ("A tolerance turns a tiny number into 0, an overflow a large one into anything.",
+        "", "", r"""
+        e^{-400} == 0
+        e^{-90} == 0
+        \frac{e^{400}-e^{-400}}{e^{400}+e^{-400}} == 1
+        x+10^{-60} == x
+        x+10^{-39} == x
+        x+e^{-85} == x
+        \pi+10^{-39} == \pi
+        \sqrt2\cos(10^{-39}) == \sqrt2
+        x\cos(10^{-60}) == x
+        x^{1+10^{-39}} == x
+        \sqrt{2+10^{-60}} == \sqrt2
+        1e-1000+x == x
+        \infty+1 == \infty
+        3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798214808651 == \pi
+        1.00000000000000000000000000000000000000000000000000000000001x == x
+        \infty == 10^{40}
+        1/0 == \infty
+        """),
+    "points where a value is complex": ("A formula that agrees only where it was looked at is another formula.",
+        "", "", r"""
+        x+(\sqrt{x^2}-x) == x
+        \sqrt{-x}+x-\sqrt{-x}+1 == x
+        (-1)^{2n} == (-1)^n
+        \ln x^2 == (\ln x)^2
+        (-1)^n == 1
+        """),
+    "mixed numbers": ("2\\frac12 is 5/2, however it is spaced; what could be a product is refused.",
+        "", "", r"""
+        2\frac{ 1 }{ 2 } == 1
+        2\frac{\;1}{2} == 1
+        3\frac{3}{2} == \frac92
+        3\frac12 == \frac32
+        2\frac{3}{2}x == 3x
+        x2 == 2x
+        \sqrt{2}3 == 3\sqrt2
+        """),
+    "values, not the question again": ("Where the gold is a number, what still has to be computed is no answer: a policy would copy.",
+        r"""
+        \frac{14}{2} == 7
+        14/2 == 7
+        7.0 == 7
+        2^{10} == 1024
+        5! == 120
+        3\times10^4 == 30000
+        -\frac{6}{3} == -2
+        3+4=7 == 7
+        \frac{\frac{28}{2}}{2} == 7
+        """, r"""
+        7 == 3+4
+        7 == \sqrt{49}
+        12 == 3\cdot 4
+        12 == 2(6)
+        48 == 7^2-1
+        7 == \frac{3+4}{1}
+        7 == \frac{14}{1+1}
+        7 == \frac{2\cdot7}{2}
+        7 == 49^{1/2}
+        16 == 2^{2^2}
+        7 == 7+0
+        7 == 7\cdot1
+        7 == x=3+4
+        5 == x=2+3
+        x=5 == x=2+3
+        x=5 == x=\sqrt{25}
+        (7,2) == (3+4, 2)
+        \{7\} == \{3+4\}
+        7, 2 == 7, 1+1
+        \begin{pmatrix}7\\2\end{pmatrix} == \begin{pmatrix}3+4\\2\end{pmatrix}
+        i == \sqrt{-1}
+        1 == \ln e
+        1 == \sin 90^\circ
+        x=5 == x+2=7
+        x=5 == 3x-15=0
+        x>5 == x+1>6
+        """, r"""
+        x+2=7 == 5
+        3x-15=0 == 5
+        x+1>6 == (5,\infty)
+        """),
+    "not read": ("Equal, but of a kind that real data hardly needs: refused, as the docstring says.",
+        "", "", r"""
+        2 1/3 == 7/3
+        {3 \over 4} == 3/4
+        0.\overline{3} == \frac13
+        0.1\overline{6} == \frac16
+        \frac13 \approx 0.333 == 1/3
+        10⁻⁴ == 0.0001
+        √16 == 4
+        ∛16 == 2\sqrt[3]{2}
+        \alpha+\beta == β + α
+        |x-1| == |1-x|
+        f(x)=2x == 2x
+        \text{Area} = 24 == 24
+        P(A) = \frac{5}{36} == \frac{5}{36}
+        y=2, x=1 == (x,y)=(1,2)
+        m = 3, b = 2 == (3,2)
+        \mathbb{R}\setminus\{1\} == (-\infty,1)\cup(1,\infty)
+        [0,1]\cup[1,2] == [0,2]
+        ]0,1[ == (0,1)
+        -2 < x < 5 == (-2,5)
+        x \in (-2,5) == -2<x<5
+        x \le 4 == (-\infty, 4]
+        x < 1 \text{ or } x > 2 == (-\infty,1)\cup(2,\infty)
+        x \neq 1 == (-\infty,1)\cup(1,\infty)
+        |x| < 2 == -2<x<2
+        \{x \mid x > 3\} == x>3
+        \begin{pmatrix}\frac12&0\\0&1\end{pmatrix} == \frac12\begin{pmatrix}1&0\\0&2\end{pmatrix}
+        [[1,2],[3,4]] == \begin{pmatrix}1&2\\3&4\end{pmatrix}
+        \frac{n!}{(n-1)!} == n
+        \frac{10!}{3!\,7!} == \binom{10}{3}
+        \binom52 == 10
+        {6 \choose 3} == 20
+        \binom{n}{2} == \frac{n(n-1)}{2}
+        \textbf{(B)} 42 == B
+        \textbf{(B)}\ 42 == 42
+        １２３ == 123
+        x₁ + 1 == x_1+1
+        """),
 }
 
 
 def lines(text):
-    return [tuple(part.strip() for part in line.split(" == ")) for line in text.strip().split("\n")]
+    some = [line for line in text.split("\n") if line.strip()]
+    return [tuple(part.strip() for part in line.split(" == ")) for line in some]
 
 
-PAIRS = [(kind, a, b, equal) for kind, (_, *tables) in KINDS.items()
-    for equal, table in zip((True, False), tables) for a, b in lines(table)]
-GOLDS = sorted({answer for _, a, b, _ in PAIRS for answer in (a, b)})
+PAIRS = []  # (kind, what stands in the box, gold, whether they are equal)
+for kind, (_, both, one_way, neither) in KINDS.items():
+    PAIRS += [(kind, *pair, True) for a, b in lines(both) for pair in ((a, b), (b, a))]
+    PAIRS += [x for a, b in lines(one_way) for x in ((kind, a, b, True), (kind, b, a, False))]
+    PAIRS += [(kind, *pair, False) for a, b in lines(neither) for pair in ((a, b), (b, a))]
+GOLDS = sorted({gold for _, _, gold, _ in PAIRS})
 
 
-@pytest.mark.parametrize("kind, a, b, equal", PAIRS, ids=[f"{kind}: {a} | {b}" for kind, a, b, _ in PAIRS])
-def test_pair(kind, a, b, equal):
+IDS = [f"{kind}: {answer} | {gold}" for kind, answer, gold, _ in PAIRS]
+
+
+@pytest.mark.parametrize("kind, answer, gold, equal", PAIRS, ids=IDS)
+def test_pair(kind, answer, gold, equal):
     """Each family, as its sentence in KINDS says, in both directions."""
-    assert verify(f"So \\boxed{{{a}}}.", b) is equal, f"{kind}: {KINDS[kind][0]}"
-    assert verify(f"So \\boxed{{{b}}}.", a) is equal, f"{kind}: {KINDS[kind][0]}"
+    assert verify(f"So \\boxed{{{answer}}}.", gold) is equal, f"{kind}: {KINDS[kind][0]}"
 
 
 @pytest.mark.parametrize("gold", GOLDS)
@@ -549,11 +773,12 @@ def test_not_text(response, gold):
 
 def test_parse_math_says_what_it_cannot_read():
     """A parser that returns None for everything strange hides its own bugs."""
-    assert str(parse_math(r"\frac{2}{4}")) == "1/2"
-    for text, reason in [(r"\int x", "int"), ("3 wrongs", "wrong"), ("(1", "'' instead"), ("9^{9^9}", "large"),
-            ("1 2", "side by side"), ("x" * 2001, "longer"), ("1\u202e2", "control")]:
-        with pytest.raises(Unreadable, match=reason):
-            parse_math(text)
+    assert show(parse_math(normalize(r"\dfrac{2}{4}"))) == "1/2"
+    for text, reason in [(r"\int x", "int"), ("3 wrongs", "wrong"), ("(1", "'' where"), ("x" + "^2" * 3, "twice"),
+            ("1 2", "side by side"), ("x" * 2001, "longer"), ("1\u202e2", "not expected"), ("f(0)", "function"),
+            ("9" * 401, "large"), ("{" * 70 + "1" + "}" * 70, "deep"), ("1," * 40 + "1", "items")]:
+        with pytest.raises(ValueError, match=reason):
+            parse_math(normalize(text))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -601,6 +826,24 @@ HOSTILE = {
     "thinking closed": "</think>" * (N // 8),
     "answer tags": "<answer>" * (N // 8),
     "phrases": "answer is " * (N // 10),
+    "a tower one level up": r"\boxed{x^{7^{x^6}}}",
+    "an exponential of an exponential": r"\boxed{e^{e^{x^5}}}",
+    "the sine of it": r"\boxed{\sin(e^{e^{9x}})}",
+    "a hyperbolic function of itself": r"\boxed{\sinh(\sinh(99x^3))}",
+    "its own definition": r"\boxed{\frac{e^{e^{99x^3}}-e^{-e^{99x^3}}}{2}}",
+    "sines of sums": r"\boxed{" + "+".join([r"\sin\sqrt x"] * 70) + "}",
+    "roots side by side": r"\boxed{" + r"\sqrt{-x}" * 55 + "}",
+    "one exponential of many": r"\boxed{" + "+".join(f"e^{{{n}x}}" for n in range(45)) + "}",
+    "large powers of fractions": r"\boxed{" + r"\frac{" * 20 + "7^{399}" + "}{3^{399}}" * 20 + "}",
+    "equalities": r"\boxed{" + "=".join([r"\sqrt{x}"] * 50) + "}",
+    "three phrases": ("The answer is " + "+".join([r"\sin\sqrt x"] * 70) + "\n") * 3,
+    "lists of equal items": r"\boxed{" + ",".join([r"\sqrt{-x-1}"] * 30) + "}",
+    "a unit and digits": "\\boxed{" + "1a" * 990 + "}",
+    "mixed": "\\boxed{" + "1 " * 990 + "}",
+    "braces and spaces": "\\boxed{" + "{ " * 900 + "}" * 900 + "}",
+    "environments": "\\boxed{" + r"\begin{pmatrix}" * 120 + "}",
+    "commas": "\\boxed{" + "1,000" * 390 + "}",
+    "a box of 10 MB": "\\boxed{4}" + " " * 10**7,
     "a phrase and spaces": "answer" + " " * N,
     "marks": "#" * N,
     "white space": "\\boxed{" + " " * N + "}",
@@ -621,7 +864,7 @@ HOSTILE_GOLDS = ["4", "x+1", r"\sqrt2", "(0,1)", r"\{1,2\}", "x>3", "B"]
 
 @pytest.mark.parametrize("response", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_responses(response, tmp_path, monkeypatch):
-    """All wrong, each in under a second (of CPU time: other work may share the machine), on the main
+    """All wrong, each in under 0.1 s (of CPU time: other work may share the machine), on the main
     thread and off it, where no signal could stop it; and nothing of it was run."""
     monkeypatch.chdir(tmp_path)
 
@@ -632,11 +875,14 @@ def test_hostile_responses(response, tmp_path, monkeypatch):
             worst.append(time.thread_time() - start)
 
     out, worst = [], []
+    gc.collect()
+    gc.disable()  # what pytest has piled up is not ours to walk through
     check()
     thread = threading.Thread(target=check)
     thread.start()
     thread.join()
-    assert out == [False] * 2 * len(HOSTILE_GOLDS) and max(worst) < 1 and not list(tmp_path.iterdir())
+    gc.enable()
+    assert out == [False] * 2 * len(HOSTILE_GOLDS) and max(worst) < 0.1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -663,18 +909,26 @@ def test_random_expressions():
     rng, checked = random.Random(0), 0
     for _ in range(300):
         e = random_expression(rng, rng.randrange(1, 4))
-        try:
-            value = parse_math(e)
-        except Unreadable:  # a division by 0
-            continue
-        if len(list(verify_module.samples(value))) < (2 if value.free_symbols else 1):
-            continue  # defined nowhere
+        value = parse_math(normalize(e))
+        known = [x for x in value.at if verify_module.MP.isfinite(x)]
+        if len(known) < (4 if value.names else 1) or value.exact is not None:
+            continue  # defined nowhere, or a number, of which no formula is an answer
         checked += 1
         same = rng.choice([f"({e})+1-1", rf"\frac{{2({e})}}{{2}}", f"-(-({e}))", f"(({e})+y)-y", f"3({e})-2({e})"])
         other = rng.choice([f"({e})+1", rf"({e})+\frac{{1}}{{1000}}", f"({e})+x", f"({e})-10^{{-20}}"])
         assert verify(f"\\boxed{{{same}}}", e), (same, e)
         assert not verify(f"\\boxed{{{other}}}", e), (other, e)
-    assert checked > 200
+    assert checked > 150
+
+
+def test_numbers_in_fractions():
+    """Fractions and powers of integers, at random, against Python's own: exact at any size."""
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b, n = rng.randint(-9**9, 9**9), rng.randint(1, 9**9), rng.randint(-9, 9)
+        value = (Fraction(a, b) or 1) ** n
+        answer = rf"\boxed{{(\frac{{{a or 1}}}{{{b if a else 1}}})^{{{n}}}}}"
+        assert verify(answer, str(value)) and not verify(answer, str(value + Fraction(1, 10**60)))
 
 
 def test_random_text():
@@ -689,7 +943,7 @@ def test_random_text():
             start = time.thread_time()
             assert verify(f"\\boxed{{{text}}}", "8675309") is False
             slowest = max(slowest, time.thread_time() - start)
-    assert slowest < 1
+    assert slowest < 0.1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -784,9 +1038,11 @@ def test_the_worker_ends_with_its_process():
 @pytest.mark.parametrize(
     "words, status, says",
     [
-        ([r"<think>so</think>\boxed{\frac34}", "0.75"], 0, ["3/4", "EQUAL", "exact rational", "last box"]),
-        ([r"\boxed{\{1, x>2\}}", r"\{1,2\}"], 1, ["set: 1, x > 2", "set: 1, 2", "NOT EQUAL", "item by item"]),
-        ([r"\boxed{[0,1)\cup(2,3)}", "(0,1)"], 1, ["ends at 0.0, 1.0, 2.0, 3.0", "(0, 1)", "sets"]),
+        ([r"<think>so</think>\boxed{\frac34}", "0.75"], 0, ["3/4", "EQUAL", "exact numbers", "last box"]),
+        ([r"\boxed{\{1, x\}}", r"\{1,2\}"], 1, ["set: 1, x", "set: 1, 2", "NOT EQUAL", "item by item"]),
+        ([r"\boxed{[0,1)\cup(2,3)}", "x>1"], 1, ["union: [0, 1), (2, 3)", "1 < x", "several"]),
+        ([r"\boxed{3+4}", "7"], 1, ["7.0", "NOT EQUAL", "still has to be computed"]),
+        ([r"\boxed{5 cm}", "5 m"], 1, ["5 cm", "NOT EQUAL"]),
         ([r"\boxed{\int x}", "4"], 1, ["'\\\\int' was not expected", "no mathematics"]),
         (["It is hard to say.", "4"], 1, ["none", "no answer"]),
         ([r"\boxed{3/4}"], 2, ["usage"]),
