@@ -27,7 +27,6 @@ cannot grow, and no text makes `verify` raise or take 0.1 s. `verify_batch` has 
 """
 
 import json
-import math
 import operator
 import random
 import re
@@ -36,16 +35,15 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from fractions import Fraction
 
 import mpmath
 
 MAX_RESPONSE, MAX_TAIL = 1_000_000, 20_000  # characters: more is no answer; where one is sought
 MAX_ANSWER, MAX_TOKENS, MAX_COSTLY = 2_000, 300, 40  # of one answer; costly: powers and functions
-MAX_ITEMS, MAX_DIGITS, MAX_BITS = 30, 400, 4_000  # of a list; of a number written out; of a power
+MAX_ITEMS, MAX_DIGITS = 30, 50  # of a list; of a number written out
 MP = mpmath.MPContext()  # our own, so that its precision is never changed from elsewhere
 MP.dps = 150
-MAX_SIZE, NOISE = 10**40, MP.mpf(10) ** -100  # see `compute`
+MAX_SIZE, NOISE = 10**40, MP.mpf(10) ** -120  # see `compute`
 
 
 def verify(response, gold):
@@ -76,30 +74,32 @@ def compare_texts(text, gold):
         return letters[0][1] == letters[1][1], "the choice letter"
     if is_words(gold):
         return text.lower() == gold.lower(), "the same words"
-    (text, unit), (gold, gold_unit) = split_unit(text), split_unit(gold)
+    (text, unit), (gold_text, gold_unit) = split_unit(text), split_unit(gold)
+    answer, gold = parse_math(text), parse_math(gold_text)
     if unit and gold_unit and unit != gold_unit:
         return False, f"{unit} is not {gold_unit}"
-    texts = (text, gold)
-    answer, gold = map(parse_math, texts)
     if unit and answer.names or gold_unit and gold.names:
-        raise ValueError("a unit behind a formula: in 2x^3 ml it may be m times l")
-    functions, gold_functions = ({x for x in t.split() if x[1:] in FUNCTIONS} for t in texts)
+        return False, "a unit behind a formula: in 2x^3 ml it may be m times l"
+    percent = text.endswith(" %") and not gold_unit and gold.op == "constant" and gold.plain
+    if percent and gold.at[0] > 1 and compare(parse_math(text[:-2]), gold)[0]:
+        return True, "a percentage"
+    functions, gold_functions = (FUNCTIONS & set(x.split()) for x in (text, gold_text))
     if not gold.names and functions - gold_functions:
-        return False, "a function that still has to be computed"  # \\sin 60 for \\sqrt{3} / 2
-    return compare(answer, gold, gold_unit)
+        return False, "a function that still has to be computed"  # \sin 60 for \sqrt{3} / 2
+    return compare(answer, gold)
 
 
 CHOICE = re.compile(r"(?:[Oo]ption )?(?:\( )?([A-Z])(?: \)| :)?")
+WORDS = re.compile("[A-Za-z]{2,}(?: (?:[-'] )?[A-Za-z]{2,})+|[A-Za-z]{3,}|[A-Z]{2}|no|on")
 
 
 def is_words(text):
     """Letters that are no product: two of them may be, as in xy."""
-    words = re.fullmatch("[A-Za-z]{2,}(?: (?:[-'] )?[A-Za-z]{2,})+|[A-Za-z]{3,}|[A-Z]{2}|no|on", text)
-    return bool(words) and not NAMES.keys() & text.lower().split()
+    return bool(WORDS.fullmatch(text)) and not NAMES.keys() & text.lower().split()
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Where the answer stands. Linear scans only: a lazy regex, <answer>(.*?)</answer>, is quadratic.
+# 1. Where the answer stands. Linear scans only: a lazy regex, <a>(.*?)</a>, is quadratic
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?P<bare>[^\s{}$\\]+))|\\.|[{}]", re.S)
 PHRASE = re.compile(r"answers?\**\s*(?:is|are|:|=)(?:[\s:*$]|\\\[)*", re.I)
@@ -172,55 +172,40 @@ UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/"
     "≠": "!=", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ", "∪": r"\cup ",
     "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "²": "^2", "³": "^3",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u200b": "", "\xa0": " "})
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan ln log exp".split()
-NAMES = {name: "\\" + name for name in FUNCTIONS} | {"sqrt": r"\sqrt", "pi": r"\pi",
-    "inf": r"\infty", "infinity": r"\infty", "percent": "%", "degree": r"\degree",
-    "degrees": r"\degree"}
+FUNCTIONS = set(r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \log \exp".split())
+NAMES = {name[1:]: name for name in {*FUNCTIONS, r"\sqrt", r"\pi", r"\degree"}} | {
+    "inf": r"\infty", "infinity": r"\infty", "percent": "%", "degrees": r"\degree"}
 ALIASES = NAMES | {r"\times": "*", r"\cdot": "*", r"\div": "/", "**": "^", r"\%": "%",
     r"\le": "<=", r"\leq": "<=", r"\lt": "<", r"\ge": ">=", r"\geq": ">=", r"\gt": ">",
     r"\ne": "!=", r"\neq": "!=", ";": ",", r"\varnothing": r"\emptyset", r"\dfrac": r"\frac",
     r"\tfrac": r"\frac", "mph": "miles per hour", **dict.fromkeys(r"""\left \right \displaystyle
     \quad \qquad \boxed \fbox \( \) \[ \] \, \; \: \! $ ~ `""".split(), ""), "\\ ": ""}
-TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d[\dA-F]*(?=_)|\d*\.?\d+(?:[eE][-+]?\d+)?"
     r"|(?!\\log)(?:\\[a-z]+|[A-Za-z])_(?:\w|\{\w+\})|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\*\*|\S",
-    re.A)  # 1,234; 1.5e-3; x_1; \pi; cm; <=
-FONT = re.compile(r"\\((?:text|math)(?:bf|it|rm|sf|tt)?|mbox|operatorname)\s*\{([^{}]*)\}")
-LETTERS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "L": "liter"}
+    re.A)  # 1,234; 2A_16; 1.5e-3; x_1; \pi; cm; <=
 SPELLINGS = [(re.compile(pattern, re.A), new) for pattern, new in [
+    (r"\\(?:text|mbox|mathrm)\s*\{\s*([mgshL])\s*\}", r"\\\1 "),  # an upright m is a unit
+    (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt)?|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,!;: ]) ?(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
     (r"(?<![\w^}])(\d+\.?\d*)\s*(?:\\times|\\cdot|[*xX])\s*10\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?",
         r"\1e\2"), (r"(?<=\d) million\b", "e6"),  # 3.2 x 10^{-4}
     (r"\\begin\s*\{(?:[pb]?matrix\}|array\}\s*\{[clr|]*\})", r"\\matrix "),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[pb]?matrix|array)\}", r"\\endmatrix "),
-    (r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "), (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),
-    (r"\\\{\s*\\\}", r"\\emptyset "), (r",\s*(?=and\b|or\b)", " ")]]
-
-
-def unfont(match):
-    """\\text{ cm} -> cm, and \\text{ m} -> meter: a letter in upright type is a unit."""
-    words = match[2]
-    if match[1] in ("text", "mbox", "mathrm", "textrm"):
-        words = re.sub(r"^\s*[mgshL]\b|(?<=/)[sh]\b", lambda unit: LETTERS[unit[0].strip()], words)
-    return f" {words} "
-
-
-def in_base(match):
-    """52_8 -> 42, if the digits fit the base"""
-    digits, base = match[1], int(match[2])
-    fits = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
-    return f" {int(digits, base)} " if fits and len(digits) < MAX_DIGITS else match[0]
+    (r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "), (r"\(\s*(\w+)\s*\)\s*_|(\d) _", r"\1\2_"),
+    (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "), (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\bsq(?:uare|\.)? ([a-z]+)", r"\1^2"), (r"\bcubic ([a-z]+)", r"\1^3"),
+    (r",\s*(?=and\b|or\b)", " ")]]
 
 
 def normalize(text):
     """The text of an answer -> its tokens, with a space between them."""
     if len(text) > MAX_ANSWER:
         raise ValueError(f"longer than {MAX_ANSWER} characters")
-    text = FONT.sub(unfont, text.translate(UNICODE)).strip().strip("*")
-    if re.fullmatch(r"[^$]*=\s*\$[^$]*|-?\s*\$[^$]*", text):  # one dollar is money, two are math mode
+    text = text.translate(UNICODE).strip().strip("*")
+    if re.fullmatch(r"([^$]*=)?\s*-?\s*\$[^$]*", text):  # one dollar is money, two are math mode
         text = text.replace("\\$", "$").replace("$", "\\$")
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
-    text = re.sub(r"\(?(?<![\w.^\\])(\d[0-9A-F]*)\)? ?_ ?\{?(\d\d?)\}?", in_base, text)
     if re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates
         text = text.replace(",", ", ")
     text = " ".join(ALIASES.get(x, x) for x in TOKEN.findall(text))
@@ -228,69 +213,67 @@ def normalize(text):
     return re.sub(r"^(.*= )?(- )?\\\$ (-?.*\d)$", r"\1\2\3 dollars", text).removeprefix("= ")
 
 
-UNITS = {spelling: names.split("=")[0] for names in """
-    meter=metre cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre inch=in
-    foot=feet=ft yard=yd mile=mi gram kg=kilogram mg=milligram pound=lb ounce=oz ton second=sec=s
-    minute=min hour=hr=h day week month year=yr liter=litre ml=milliliter gallon=gal pint quart acre
-    calorie dollar=usd cent radian=rad unit person=people child=children=kid boy girl man=men
-    woman=women student friend teacher customer guest player member worker team animal dog cat fish
-    bird chicken egg apple orange banana tree flower plant cookie cupcake pizza sandwich meal candy
-    candie cup bottle can bag box jar basket pack book page card ticket sticker letter word pen
-    pencil marble ball toy coin point mark goal game step trip lap round row group car bus truck
-    bike house room chair table shirt song movie piece slice item block way time vote question
-    problem night lesson solution""".split() for spelling in names.split("=")}
-UNIT = re.compile(r"(.*[\d}!)i]) (square |cubic )?([A-Za-z]{2,})(?: \^ (?:\{ )?([23])(?: \})?)?"
-    r"(?: (?:/|per) ([A-Za-z]+))?")
+UNITS = {spelling: names.split("=")[0] for names in r"""
+    meter=metre=\m cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre inch=in
+    foot=feet=ft yard=yd mile=mi gram=\g kg=kilogram mg=milligram pound=lb ounce=oz ton second=\s=s
+    minute=min hour=hr=\h=h day week month year=yr liter=litre=\L ml=milliliter gallon=gal dollar=usd
+    cent radian=rad unit person=people child=children=kid boy girl man=men woman=women student friend
+    customer player worker animal dog cat fish bird chicken egg apple orange tree flower plant cookie
+    cake pizza meal candy=candie cup bottle bag box basket pack book page card ticket sticker word pen
+    pencil marble ball toy coin point step trip lap car truck bike room chair shirt song piece slice
+    item block time vote question problem lesson solution""".split() for spelling in names.split("=")}
+UNITS |= {name + ending: unit for name, unit in UNITS.items() for ending in ("s", "es")}
+UNIT = re.compile(r"(.*[\d}!)i]) ([A-Za-z]{2,}|\\[mgshL])(?: \^ (?:\{ )?([23])(?: \})?)?"
+    r"(?: (?:/|per) (\w+))?")
 
 
 def split_unit(text):
-    """12 square inches -> ("12", "inch^2"); a unit ends the answer, and follows a number"""
+    """12 inches ^ 2 -> ("12", "inch^2"); a unit ends the answer, and follows a number"""
     match = UNIT.fullmatch(text)
-    if r"\degree" in text or not match:
-        return text, "degree" if r"\degree" in text else ""
-    value, square, word, exponent, below = match.groups("")
-    exponent = {"square ": "2", "cubic ": "3"}.get(square, exponent)
-    names = [find_unit(word), find_unit(below)] if below else [find_unit(word)]
-    if "" in names or word == below or square and match[4]:
+    if r"\degree" in text:  # 30 degrees are 30, but in a sine pi / 6
+        return text if FUNCTIONS & {*text.split()} else text.replace(r" \degree", ""), "degree"
+    if not match:
         return text, ""
-    return value, "/".join(names) + exponent
-
-
-def find_unit(word):
-    stems = (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es"))
-    return next((UNITS[stem] for stem in stems if stem in UNITS), "")
+    value, word, exponent, below = match.groups("")
+    units = [UNITS.get(name, UNITS.get(name.lower())) for name in (word, below) if name]
+    if None in units or len(set(units)) < len(units):
+        return text, ""
+    return value, "/".join(units) + exponent
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Values. A formula is kept as what it is at 8 points, and where it is one, as an exact number.
+# 3. Values. A formula is kept as what it is at 8 points, and whether anything is left to compute
 
-Value = namedtuple("Value", "op at exact names")  # op: that of `apply`, "constant", "symbol"
-NO_NAMES, POINTS = frozenset(), 8
-Group = namedtuple("Group", "op args names", defaults=[NO_NAMES])  # op: list, set, (), [),
-# union, matrix, row; a relation; "and" or "or" between relations
+Value = namedtuple("Value", "op at plain names")  # op: the last operation, "constant", "symbol"
+POINTS, NO_NAMES = 8, frozenset()
+Group = namedtuple("Group", "op args names plain", defaults=[NO_NAMES, False])  # op: list, set, (),
+# [), union, matrix, row; a relation; "and" or "or" between relations
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=", r"\in")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
     "^": lambda a, b: a**b if a or b.real > 0 else MP.nan, "root": lambda a, n: a ** (1 / n),
     "%": lambda a: a / 100, r"\degree": lambda a: a * MP.pi / 180,
     "!": lambda a: MP.factorial(a) if a in range(35) else MP.nan,
-    **{"\\" + name: getattr(MP, name.replace("arc", "a")) for name in FUNCTIONS}}
+    **{name: getattr(MP, name[1:].replace("arc", "a")) for name in FUNCTIONS}}
 
 
 def apply(op, *values):
-    """The Value of an operation: `at`, its numbers at the points; `exact`, its Fraction if nothing
-    is left to compute, else None; the names in it."""
+    """The Value of an operation: its numbers at the points; whether it is plain, as 3/4, -3, 5%, 4!
+    and (3/4)^2 are, and sums, products and towers are not; the names in it."""
     if not all(isinstance(value, Value) for value in values):
         raise ValueError("a collection or a relation where a number is needed")
     at = tuple(compute(op, *numbers) for numbers in zip(*(value.at for value in values)))
     names = frozenset().union(*(value.names for value in values))
-    return Value(op, at, find_exact(op, *values), names)
+    one_power = op == "^" and {x.op for x in values} <= {"constant", "neg", "/"} and (
+        MP.isint(values[1].at[0]))
+    plain = (one_power or op in ("/", "neg", "%", "!")) and all(value.plain for value in values)
+    return Value(op, at, plain, names)
 
 
 def compute(op, *numbers):
     """A number of 150 digits, or nan where there is none.
 
     Numbers other than 0 stay between 10^-40 and 10^40. Two that differ then do so in their first
-    100 digits, which are compared: cos(10^-40) is 1 - 5*10^-81.
+    120 digits, which are compared: cos(10^-40) is 1 - 5*10^-81.
     """
     if op == "neg":  # also of infinity, which is no result of other operations
         return -numbers[0]
@@ -301,42 +284,15 @@ def compute(op, *numbers):
     return value if not value or 1 < abs(value) * MAX_SIZE < MAX_SIZE**2 else MP.nan
 
 
-def find_exact(op, first, last=None):
-    """The Fraction of what is a value although it has a sign: -3, 5%, 4!, 3/4, (3/4)^2"""
-    a, b = first.exact, last.exact if last else 1
-    if a is None or b is None:
-        return None
-    if op == "neg":
-        return -a
-    if op in ("%", r"\degree"):  # 30 degrees are 30, but in a sine pi / 6
-        return a / 100 if op == "%" else a
-    if op == "!" and a in range(200):
-        return Fraction(math.factorial(int(a)))
-    if op == "/" and b:
-        return a / b
-    bits = max(a.numerator.bit_length(), a.denominator.bit_length())
-    small = b.denominator == 1 and abs(b) * bits < MAX_BITS
-    one_power = op == "^" and a and {first.op, last.op} <= {"constant", "neg", "/"}
-    return a ** int(b) if one_power and small else None
-
-
-def constant(number, exact=None):
-    return Value("constant", (number,) * POINTS, exact, NO_NAMES)
-
-
-def rational(fraction):
-    """With over 40 digits it is exact only: to a formula such as \\pi it could come too near."""
-    short = max(abs(fraction.numerator), fraction.denominator) < MAX_SIZE
-    number = MP.mpf(fraction.numerator) / fraction.denominator if short else MP.nan
-    return constant(number, fraction)
+def constant(number, plain=False):
+    return Value("constant", (MP.convert(number),) * POINTS, plain, NO_NAMES)
 
 
 def symbol(name):
     """A name has the same numbers in every text, at the first half of the points positive ones."""
-    rng = random.Random(name)
-    at = [MP.mpf(rng.randint(100, 3000)) / 1009 for _ in range(POINTS)]
-    at[POINTS // 2 :] = [x * rng.choice((-1, 1)) for x in at[POINTS // 2 :]]
-    return Value("symbol", tuple(at), None, frozenset([name]))
+    rng, signs = random.Random(name), [(1,)] * (POINTS // 2) + [(-1, 1)] * (POINTS // 2)
+    at = [MP.mpf(rng.choice(sign) * rng.randint(100, 3000)) / 1009 for sign in signs]
+    return Value("symbol", tuple(at), False, frozenset([name]))
 
 
 CONSTANTS = {r"\pi": constant(+MP.pi), "e": constant(+MP.e), "i": constant(MP.j),
@@ -351,7 +307,7 @@ LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho
 STOP = set("an as at be by if is it no not odd of on one red six ten the to two was yes".split())
 BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), -9), r"\\": -2, "&": -1,
     ",": 0, "and": 0, "or": 0, **dict.fromkeys(RELATIONS, 1), r"\cup": 2, "+": 3, "-": 3, "*": 4,
-    "/": 4, "^": 6, "!": 7, "%": 7, r"\degree": 7}  # 4: also a product without a sign; 5: a sign before a number
+    "/": 4, "^": 6, "!": 7, "%": 7, r"\degree": 7}  # 4: also xy; 5: the minus of -x
 CLOSING = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\matrix": r"\endmatrix"}
 
 
@@ -367,7 +323,7 @@ def parse_math(text):
             raise ValueError(f"the word {token!r}")
         else:
             tokens += token  # xy is x times y
-    costly = sum(token in ("^", r"\sqrt") or token[1:] in FUNCTIONS for token in tokens)
+    costly = sum(token in {"^", r"\sqrt", *FUNCTIONS} for token in tokens)
     if len(tokens) > MAX_TOKENS or costly > MAX_COSTLY:
         raise ValueError(f"over {MAX_TOKENS} tokens, or over {MAX_COSTLY} powers and functions")
     parser = Parser(tokens)
@@ -422,17 +378,16 @@ class Parser:
         return value
 
     def product(self, value, before):
-        """A factor without a sign before it -> (value, factor). What may be no factor is refused."""
+        """A factor without a sign before it -> (value, factor); refused if it may be none."""
         token, last, factor = self.peek(), self.last, self.parse(5)
-        power = before.exact is None and factor.op == "^"  # n 2^{n-1}
-        if token[0].isdigit() and not power or token == "{" and factor.exact is not None:
+        power = factor.op == "^" and not before.plain  # n 2^{n-1}
+        if token == r"\frac" and factor.plain and value.op in ("constant", "neg") and (
+                MP.isint(value.at[0]) and 0 < factor.at[0] < 1):
+            mixed = constant(abs(value.at[0]) + factor.at[0], plain=True)  # 2\frac13
+            return (apply("neg", mixed) if value.at[0] < 0 else mixed), mixed
+        if token[0].isdigit() and not power or factor.plain and (
+                token == "{" or token == r"\frac" and before.plain):
             raise ValueError("two numbers side by side")
-        if token == r"\frac" and factor.exact is not None and before.exact is not None:
-            whole = value.op in ("constant", "neg") and value.exact.denominator == 1
-            if not whole or not 0 < factor.exact < 1:
-                raise ValueError("two numbers side by side")
-            mixed = rational(abs(value.exact) + factor.exact)  # 2\frac13
-            return (apply("neg", mixed) if value.exact < 0 else mixed), mixed
         if token in ("(", "[") and last != ")" and before.op in ("symbol", "^") and (
                 before.names & set("fghFGHP") or factor.op in ("constant", "symbol", "^")):
             raise ValueError("a function of a number, or a product?")
@@ -441,17 +396,22 @@ class Parser:
     def atom(self):
         token = self.take()
         if token[0] in ".0123456789":
-            if len(token) > MAX_DIGITS or len(token.lower().partition("e")[2]) > 4:
+            if len(token) > MAX_DIGITS or len(token.lower().partition("e")[2]) > 3:  # e-99
                 raise ValueError("a number too large")
-            return rational(Fraction(token.replace(",", "")))
+            if self.peek() != "_":
+                return constant(token.replace(",", ""), plain=True)
+            base = self.take() and self.argument().at[0]
+            if base not in range(2, 37):
+                raise ValueError("a number in no base")
+            return constant(int(token, int(base)), plain=True)  # 52_8 is 42
         if token in CLOSING:
             return self.bracket(token)
         if token == r"\frac":
             return apply("/", self.argument(), self.argument())
         if token == r"\sqrt":
-            index = self.atom() if self.peek() == "[" else rational(Fraction(2))
+            index = self.atom() if self.peek() == "[" else constant(2)
             return apply("root", self.argument(), index)
-        if token[1:] in FUNCTIONS:
+        if token in FUNCTIONS:
             return self.function(token)
         if token in CONSTANTS:
             return CONSTANTS[token]
@@ -489,7 +449,7 @@ class Parser:
         if not bracketed and (self.peek()[:1].isdigit() or self.peek() in ("/", *CLOSING)):
             raise ValueError(f"an argument of {name} that may end in two places")
         power = marks.get("^")
-        if power and power.exact == -1 and "\\arc" + name[1:] in OPERATIONS:
+        if power and power.at[0] == -1 and "\\arc" + name[1:] in FUNCTIONS:
             name, power = "\\arc" + name[1:], None
         value = apply(name, value)
         if name == r"\log":
@@ -513,7 +473,7 @@ def relate(parts, signs):
     if set(signs) == {"="}:
         states = isinstance(first, Group) or first.names or len(parts) == 2 and last.names
         for part in parts[1:-1] if states else parts[:-1]:
-            if Group in (type(part), type(last)) or not equal_values(part, last):
+            if Group in (type(part), type(last)) or find_ratio(part, last) != 1:
                 raise ValueError("an equation that does not hold")
         return Group("=", (first, last)) if states else last
     if not set(signs) <= {"<", "<=", ">", ">="} and (
@@ -530,7 +490,7 @@ def relate(parts, signs):
 # 5. Comparing
 
 
-def compare(answer, gold, gold_unit=""):
+def compare(answer, gold):
     """-> (whether two values, groups or relations are equal, what decided)"""
     (name, value), (gold_name, gold_value) = unname(answer), unname(gold)
     if answer.op in RELATIONS and gold.op in RELATIONS:
@@ -541,28 +501,21 @@ def compare(answer, gold, gold_unit=""):
         return False, "a value against several, or against a relation"
     if isinstance(value, Group):
         return same_items(value, gold_value), "item by item"
-    if value.op == "%" and gold_value.op == "constant" and not gold_unit and gold_value.exact > 1:
-        return value.exact in (gold_value.exact, gold_value.exact / 100), "a percentage"
-    if value.exact is None and gold_value.exact is not None:
+    if gold_value.plain and not value.plain:
         return False, "an answer that still has to be computed"  # 3+4 for 7
-    return equal_values(value, gold_value), "values" if value.exact is None else "exact numbers"
-
-
-def equal_values(answer, gold):
-    exact = answer.exact is not None and gold.exact is not None
-    return answer.exact == gold.exact if exact else find_ratio(answer, gold) == 1
+    return find_ratio(value, gold_value) == 1, "numbers" if gold_value.plain else "formulas"
 
 
 def find_ratio(answer, gold):
-    """answer / gold if it is one number at all points where the gold is real, or if that is nowhere,
-    at those where it is a number; else None"""
+    """answer / gold if it is one number at all points where the gold is real, or else a number."""
     known = [(a, b) for a, b in zip(answer.at, gold.at) if b == b]  # nan is not nan
     real = [(a, b) for a, b in known if not b.imag]
     numbers = real if len(real) > 2 else known
     ratios = [1 if a == b else a / b if b else MP.nan for a, b in numbers]
-    first = 1 if ratios and abs(ratios[0] - 1) <= NOISE else ratios[0]
-    same = len(ratios) > 2 and all(abs(ratio - first) <= NOISE * abs(first) for ratio in ratios)
-    return first if same else None
+    for ratio in (1, *ratios[:1]):
+        if len(ratios) > 2 and all(abs(x - ratio) <= NOISE * abs(ratio) for x in ratios):
+            return ratio
+    return None
 
 
 def unname(x):
@@ -598,10 +551,10 @@ def same_relation(answer, gold):
     names = [left.names | right.names for left, right in (answer.args, gold.args)]
     if answer.op != gold.op or gold.op == r"\in" or names[0] != names[1]:
         return False
-    (number, formula), (gold_number, gold_formula) = (
-        sorted(x.args, key=lambda side: side.exact is None) for x in (answer, gold))
-    if gold_number.exact is not None and gold_formula.op == "symbol" and (
-            number.exact is None or find_ratio(formula, gold_formula) is None):
+    (formula, number), (gold_formula, gold_number) = (
+        sorted(x.args, key=lambda side: side.plain) for x in (answer, gold))
+    if gold_number.plain and gold_formula.op == "symbol" and (
+            not number.plain or find_ratio(formula, gold_formula) is None):
         return False  # x + 2 = 7 is not x = 5, but the question
     ratio = find_ratio(apply("-", *answer.args), apply("-", *gold.args))
     return bool(ratio) and (gold.op in ("=", "!=") or not ratio.imag and ratio > 0)
@@ -620,30 +573,26 @@ class Worker:
     def start(self):
         self.process = subprocess.Popen([sys.executable, __file__, "--worker"], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # no Ctrl-C
-        self.process.stdout.readline()  # it has imported all: from here on time counts
+        if not self.process.stdout.readline():  # it has imported all: from here on time counts
+            raise RuntimeError("verify.py's worker process does not run: try python verify.py 4 4")
 
     def ask(self, pair, timeout):
-        for _ in range(2):  # again, if it had died of something else
-            if self.process is None:
-                self.start()
-            timer = threading.Timer(timeout, self.process.kill)
-            timer.start()
-            started = time.monotonic()
-            try:
-                print(json.dumps(pair), file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline()
-            except OSError:  # its end of the pipe is closed
-                reply = ""
-            timer.cancel()
-            late = time.monotonic() - started >= timeout
-            if reply and not late:
-                return reply == "true\n"
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        timer = threading.Timer(timeout, self.process.kill)
+        timer.start()
+        deadline = time.monotonic() + timeout
+        try:
+            print(json.dumps(pair), file=self.process.stdin, flush=True)
+            reply = self.process.stdout.readline()
+        except OSError:  # its end of the pipe is closed
+            reply = ""
+        timer.cancel()
+        late = time.monotonic() >= deadline
+        if late or not reply:
             self.process.kill()
             self.process.wait()
-            self.process = None
-            if late:
-                return False
-        raise RuntimeError("verify.py's worker process does not run: try python verify.py 4 4")
+        return reply == "true\n" and not late
 
 
 WORKER = Worker()
@@ -660,12 +609,18 @@ def verify_batch(responses, golds, timeout=2.0):
             for pair in zip(responses, golds)]
 
 
+def explain(text):
+    """How it is read, for people."""
+    try:
+        text, unit = split_unit(normalize(text))
+        return f"{show(parse_math(text))} {unit}".rstrip()
+    except Exception as error:  # as in `judge`
+        return f"no mathematics: {error}"
+
+
 def show(x):
-    """What parse_math returned, for people."""
     if isinstance(x, Group):
         return f"{x.op}: {', '.join(show(item) for item in x.args) or 'nothing'}"
-    if x.exact is not None:
-        return str(x.exact)
     return f"a formula in {', '.join(sorted(x.names))}" if x.names else MP.nstr(x.at[0], 12)
 
 
@@ -680,13 +635,8 @@ def main():
         raise SystemExit(2)
     answer, where = find_answer(sys.argv[1])
     equal, why = judge(*sys.argv[1:])
-    print(f"answer      {answer or 'none'}   ({where})")
-    for line, text in ("", answer), (f"gold        {sys.argv[2]}\n", sys.argv[2]):
-        try:
-            value, unit = split_unit(normalize(text or ""))
-            print(f"{line}  read as   {show(parse_math(value))} {unit}".rstrip())
-        except Exception as error:  # as in `judge`
-            print(f"{line}  read as   no mathematics: {error}")
+    print(f"answer      {answer or 'none'}   ({where})\n  read as   {explain(answer or '')}")
+    print(f"gold        {sys.argv[2]}\n  read as   {explain(sys.argv[2])}")
     print(f"{'EQUAL' if equal else 'NOT EQUAL':11s} by: {why}")
     raise SystemExit(0 if equal else 1)
 
