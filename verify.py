@@ -8,18 +8,19 @@ Find the answer's text (`extract_answer`), read it (`parse_math`), compare it wi
 What is equal. A number is exact: 0.333 is not 1/3, and 52_8 is 42. 20\\% is 1/5, and also 20 where
 the gold is a bare number above 1. A unit may be left out, not exchanged. x = 5 answers 5, but not
 y = 5. Lists and sets match in any order, tuples in theirs. An open interval is not a closed one.
-Equations and inequalities may differ by a constant factor. Other formulas are equal if they agree
-to 100 digits at points where the gold has a value. \\log without a base is not \\ln.
+Equations and inequalities may differ by a constant factor. Formulas are equal if they agree to 120
+digits at points where the gold has a value. \\log without a base is not \\ln.
 
 An answer is a value, not the question again. Where the gold is a number such as 7 or 3/4, the
 answers 3+4 and \\sqrt{49} are False. A fraction, a decimal, one power, a factorial, 3*10^4, 5\\%,
 degrees, a mixed number, 52_8 and a chain of equalities that ends in one of them are values. Where
-the gold is a formula, such as \\sqrt{3} or x^2-1, a formula of the question may still be "right".
+the gold is another formula, such as 2\\sqrt{3} or x^2-1, the question's own may still be "right".
 
 Not read, so equal to the same text only: \\pm, \\approx, sums, integrals, floors, absolute values,
 binomials, hyperbolic functions, n!, f(0), f(x) = 2x, 0.\\overline{3}, \\mathbb{R}, {x | x > 3}, set
 algebra other than unions of intervals, x < 5 as an interval, x = 1, y = 2 as a tuple, a factor
-before a matrix, "Area = 5", (B) 42, 2 1/3, units to be converted. Rewrite such golds, or drop them.
+before a matrix, "Area = 5", (B) 42, 2 1/3, 60 significant digits, numbers from 10^40 on. Units are
+not converted. Rewrite such golds, or drop them.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
 (sympy's parsers run Python). A formula is kept as its values at 8 points, of 150 digits each: it
@@ -83,8 +84,7 @@ def compare_texts(text, gold):
     percent = text.endswith(" %") and not gold_unit and gold.op == "constant" and gold.plain
     if percent and gold.at[0] > 1 and compare(parse_math(text[:-2]), gold)[0]:
         return True, "a percentage"
-    functions, gold_functions = (FUNCTIONS & set(x.split()) for x in (text, gold_text))
-    if not gold.names and functions - gold_functions:
+    if not gold.names and (FUNCTIONS | {r"\sqrt"}) & set(text.split()) - set(gold_text.split()):
         return False, "a function that still has to be computed"  # \sin 60 for \sqrt{3} / 2
     return compare(answer, gold)
 
@@ -168,10 +168,10 @@ def is_answer(text, word_counts):
 # --------------------------------------------------------------------------------------------------
 # 2. One spelling: tokens with a space between them. Of the many ways to write one, one is left.
 
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=",
-    "≠": "!=", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ", "∪": r"\cup ",
-    "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "²": "^2", "³": "^3",
-    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u200b": "", "\xa0": " "})
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=",
+    "≥": ">=", "≠": "!=", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ",
+    "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "±": r"\pm ",
+    "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u200b": "", "\xa0": " "})
 FUNCTIONS = set(r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \log \exp".split())
 NAMES = {name[1:]: name for name in {*FUNCTIONS, r"\sqrt", r"\pi", r"\degree"}} | {
     "inf": r"\infty", "infinity": r"\infty", "percent": "%", "degrees": r"\degree"}
@@ -180,7 +180,7 @@ ALIASES = NAMES | {r"\times": "*", r"\cdot": "*", r"\div": "/", "**": "^", r"\%"
     r"\ne": "!=", r"\neq": "!=", ";": ",", r"\varnothing": r"\emptyset", r"\dfrac": r"\frac",
     r"\tfrac": r"\frac", "mph": "miles per hour", **dict.fromkeys(r"""\left \right \displaystyle
     \quad \qquad \boxed \fbox \( \) \[ \] \, \; \: \! $ ~ `""".split(), ""), "\\ ": ""}
-TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d[\dA-F]*(?=_)|\d*\.?\d+(?:[eE][-+]?\d+)?"
+TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d[\dA-F]*(?=_)|\d*\.?\d+(?:[eE]-?\d+)?"
     r"|(?!\\log)(?:\\[a-z]+|[A-Za-z])_(?:\w|\{\w+\})|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\*\*|\S",
     re.A)  # 1,234; 2A_16; 1.5e-3; x_1; \pi; cm; <=
 SPELLINGS = [(re.compile(pattern, re.A), new) for pattern, new in [
@@ -216,12 +216,13 @@ def normalize(text):
 UNITS = {spelling: names.split("=")[0] for names in r"""
     meter=metre=\m cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre inch=in
     foot=feet=ft yard=yd mile=mi gram=\g kg=kilogram mg=milligram pound=lb ounce=oz ton second=\s=s
-    minute=min hour=hr=\h=h day week month year=yr liter=litre=\L ml=milliliter gallon=gal dollar=usd
-    cent radian=rad unit person=people child=children=kid boy girl man=men woman=women student friend
-    customer player worker animal dog cat fish bird chicken egg apple orange tree flower plant cookie
-    cake pizza meal candy=candie cup bottle bag box basket pack book page card ticket sticker word pen
+    minute=min hour=hr=\h=h day week month year=yr liter=litre=\L ml=milliliter gallon=gal cent
+    dollar=usd radian=rad unit person=people child=children=kid boy girl man=men woman=women student
+    friend customer player animal dog cat fish bird chicken egg apple orange tree flower plant
+    cookie cake pizza meal candy=candie cup bottle bag box basket book page card ticket sticker word pen
     pencil marble ball toy coin point step trip lap car truck bike room chair shirt song piece slice
-    item block time vote question problem lesson solution""".split() for spelling in names.split("=")}
+    item block time vote question problem lesson solution
+    """.split() for spelling in names.split("=")}
 UNITS |= {name + ending: unit for name, unit in UNITS.items() for ending in ("s", "es")}
 UNIT = re.compile(r"(.*[\d}!)i]) ([A-Za-z]{2,}|\\[mgshL])(?: \^ (?:\{ )?([23])(?: \})?)?"
     r"(?: (?:/|per) (\w+))?")
