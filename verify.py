@@ -73,7 +73,7 @@ def compare_texts(text, gold):
     letters = [CHOICE.fullmatch(x) for x in (text, gold)]
     if all(letters):
         return letters[0][1] == letters[1][1], "the choice letter"
-    if is_words(gold):
+    if WORDS.fullmatch(gold):
         return text.lower() == gold.lower(), "the same words"
     (text, unit), (gold_text, gold_unit) = split_unit(text), split_unit(gold)
     answer, gold = parse_math(text), parse_math(gold_text)
@@ -90,12 +90,8 @@ def compare_texts(text, gold):
 
 
 CHOICE = re.compile(r"(?:[Oo]ption )?(?:\( )?([A-Z])(?: \)| :)?")
-WORDS = re.compile("[A-Za-z]{2,}(?: (?:[-'] )?[A-Za-z]{2,})+|[A-Za-z]{3,}|[A-Z]{2}|no|on")
-
-
-def is_words(text):
-    """Letters that are no product: two of them may be, as in xy."""
-    return bool(WORDS.fullmatch(text)) and not NAMES.keys() & text.lower().split()
+# Words are no product of letters; two letters may be one, as in xy.
+WORDS = re.compile("(?=.*[A-Za-z]{3}|.*[A-Za-z]{2}.* [A-Za-z]{2})[A-Za-z '-]+|[A-Z]{2}|no|on")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,7 +310,7 @@ CLOSING = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\matrix": r"\endmat
 
 def parse_math(text):
     """The text of an answer, as `normalize` returns it -> a Value or a Group. Raises ValueError."""
-    if is_words(text):
+    if WORDS.fullmatch(text):
         raise ValueError("words")
     tokens = []
     for token in text.split():
@@ -621,7 +617,8 @@ def explain(text):
 
 def show(x):
     if isinstance(x, Group):
-        return f"{x.op}: {', '.join(show(item) for item in x.args) or 'nothing'}"
+        items = ", ".join(show(item) for item in x.args)
+        return x.op[0] + items + x.op[1] if x.op[0] in "([" else f"{x.op}: {items or 'nothing'}"
     return f"a formula in {', '.join(sorted(x.names))}" if x.names else MP.nstr(x.at[0], 12)
 
 

@@ -1036,7 +1036,7 @@ def test_the_worker_ends_with_its_process():
     [
         ([r"<think>so</think>\boxed{\frac34}", "0.75"], 0, ["0.75", "EQUAL", "numbers", "last box"]),
         ([r"\boxed{\{1, x\}}", r"\{1,2\}"], 1, ["set: 1.0, a formula in x", "set: 1.0, 2.0", "NOT EQUAL", "item by item"]),
-        ([r"\boxed{[0,1)\cup(2,3)}", "x>1"], 1, ["union: [): 0.0, 1.0, (): 2.0, 3.0", "<: 1.0, a formula in x", "several"]),
+        ([r"\boxed{[0,1)\cup(2,3)}", "x>1"], 1, ["union: [0.0, 1.0), (2.0, 3.0)", "<: 1.0, a formula in x", "several"]),
         ([r"\boxed{3+4}", "7"], 1, ["7.0", "NOT EQUAL", "still has to be computed"]),
         ([r"\boxed{5 cm}", "5 m"], 1, ["5 cm", "NOT EQUAL"]),
         ([r"\boxed{\int x}", "4"], 1, ["'\\\\int' was not expected", "no mathematics"]),

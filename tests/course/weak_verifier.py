@@ -70,8 +70,7 @@ def fool():
 
     Returns {"substring": response, "last_number": response, ...}: seven names, seven strings. A response must
     give an answer (verify.extract_answer finds one), and verify.verify(response, GOLD) must refuse it.
-    `python verify.py RESPONSE 72` says which answer it found, how it read it, and which rung of its ladder
-    decided.
+    `python verify.py RESPONSE 72` says which answer it found, how it read it, and what decided.
     """
     return {
         "substring": r"29-5=24. 24-6=18. So it is \boxed{172}",
