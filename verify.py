@@ -23,7 +23,7 @@ before a matrix, "Area = 5", (B) 42, 2 1/3, 60 significant digits, numbers from 
 not converted. Rewrite such golds, or drop them.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
-(sympy's parsers run Python). A formula is kept as its values at 8 points, of 150 digits each: it
+(sympy's parsers run Python). A formula is kept as its values at 12 points, of 150 digits each: it
 cannot grow, and no text makes `verify` raise or take 0.1 s. `verify_batch` has a deadline as well.
 """
 
@@ -39,12 +39,13 @@ from collections import namedtuple
 
 import mpmath
 
-MAX_RESPONSE, MAX_TAIL = 1_000_000, 20_000  # characters: more is no answer; where one is sought
-MAX_ANSWER, MAX_TOKENS, MAX_COSTLY = 2_000, 300, 40  # of one answer; costly: powers and functions
-MAX_ITEMS, MAX_DIGITS = 30, 50  # of a list; of a number written out
+MAX_RESPONSE, MAX_TAIL = 1_000_000, 20_000  # characters: of a response; of its end, that is read
+MAX_ANSWER = 2_000  # characters
+MAX_TOKENS, MAX_COSTLY, MAX_ITEMS = 300, 20, 30  # of an answer; costly: powers, roots, functions
+MAX_DIGITS, MAX_SIZE = 50, 10**40  # of a number written out; of any number in a formula
 MP = mpmath.MPContext()  # our own, so that its precision is never changed from elsewhere
 MP.dps = 150
-MAX_SIZE, NOISE = 10**40, MP.mpf(10) ** -120  # see `compute`
+NOISE = MP.mpf(10) ** -120  # numbers are equal if they differ by less, relatively; see `compute`
 
 
 def verify(response, gold):
@@ -66,31 +67,28 @@ def judge(response, gold):
 
 
 def compare_texts(text, gold):
-    """The same text, a choice, words, or mathematics."""
-    squeezed = [re.sub(r"(?<!\w) | (?!\w)", "", x) for x in (text, gold)]
+    """The same text, words, or mathematics; both texts as `normalize` returns them."""
+    squeezed = [re.sub(r"(?<!\w) | (?!\w)", "", x) for x in (text, gold)]  # "1 2" is not "12"
     if squeezed[0] == squeezed[1]:
         return text != "", "the same text"
-    letters = [CHOICE.fullmatch(x) for x in (text, gold)]
-    if all(letters):
-        return letters[0][1] == letters[1][1], "the choice letter"
     if WORDS.fullmatch(gold):
         return text.lower() == gold.lower(), "the same words"
     (text, unit), (gold_text, gold_unit) = split_unit(text), split_unit(gold)
     answer, gold = parse_math(text), parse_math(gold_text)
     if unit and gold_unit and unit != gold_unit:
         return False, f"{unit} is not {gold_unit}"
-    if unit and answer.names or gold_unit and gold.names:
+    if unit and unname(answer)[1].names or gold_unit and unname(gold)[1].names:
         return False, "a unit behind a formula: in 2x^3 ml it may be m times l"
-    percent = text.endswith(" %") and not gold_unit and gold.op == "constant" and gold.plain
+    percent = text.endswith(" %") and not gold_unit and gold.plain and gold.op == "constant"
     if percent and gold.at[0] > 1 and compare(parse_math(text[:-2]), gold)[0]:
         return True, "a percentage"
-    if not gold.names and (FUNCTIONS | {r"\sqrt"}) & set(text.split()) - set(gold_text.split()):
+    new_functions = (FUNCTIONS | {r"\sqrt"}) & (set(text.split()) - set(gold_text.split()))
+    if new_functions and not gold.names:
         return False, "a function that still has to be computed"  # \sin 60 for \sqrt{3} / 2
     return compare(answer, gold)
 
 
-CHOICE = re.compile(r"(?:[Oo]ption )?(?:\( )?([A-Z])(?: \)| :)?")
-# Words are no product of letters; two letters may be one, as in xy.
+# Not products of letters. Two small letters may be one, such as xy; no product is "no" or "on".
 WORDS = re.compile("(?=.*[A-Za-z]{3}|.*[A-Za-z]{2}.* [A-Za-z]{2})[A-Za-z '-]+|[A-Z]{2}|no|on")
 
 
@@ -124,14 +122,16 @@ def find_answer(response):
         answer = inside if ended or end == "\n" else None
         found.append((text.rfind(mark), answer, f"the last {mark}"))
     position, answer, where = max(found, key=operator.itemgetter(0))
-    word_counts = position < 0
-    for match in list(PHRASE.finditer(text))[-3:]:  # "the answer is correct" names none
+    may_be_word = position < 0
+    for match in list(PHRASE.finditer(text))[:-3:-1]:  # "the answer is correct" names none
         words = re.split(r"\n|</answer>|\.\s", text[match.end() :], maxsplit=1)[0]
-        if match.start() > position and is_answer(words, word_counts):
+        if match.start() > position and is_answer(words, may_be_word):
             position, answer, where = match.start(), words, f"the last {match[0].strip(' *')!r}"
-    if position < 0 and is_answer(text, True):
+    if position < 0 and is_answer(text, may_be_word):
         position, answer, where = 0, text, "a response that is nothing else"
-    return (answer or "").strip() or None, where if position >= 0 else "no answer that is marked"
+    if position < 0:
+        return None, "no answer that is marked"
+    return (answer or "").strip() or None, where
 
 
 def find_box(text):
@@ -149,14 +149,15 @@ def find_box(text):
     return (boxes[0].start(), None) if boxes else last
 
 
-def is_answer(text, word_counts):
+def is_answer(text, may_be_word):
     """Whether this text, which stands in no box, is an answer and not prose."""
     try:
         normal = normalize(text)
-        if "\n" in text.strip() or not word_counts and re.fullmatch("[A-Za-z]", normal):
+        if "\n" in text.strip() or not may_be_word and re.fullmatch("[a-z]", normal):
             return False
-        word = word_counts and re.fullmatch("[A-Za-z]+", normal)
-        return bool(word or CHOICE.fullmatch(normal) or parse_math(split_unit(normal)[0]))
+        if not (may_be_word and re.fullmatch("[A-Za-z]+", normal)):
+            parse_math(split_unit(normal)[0])
+        return True
     except Exception:  # as in `judge`
         return False
 
@@ -167,7 +168,8 @@ def is_answer(text, word_counts):
 UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=",
     "≥": ">=", "≠": "!=", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "±": r"\pm ",
-    "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u200b": "", "\xa0": " "})
+    "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "\u200b": "", "\xa0": " "})
 FUNCTIONS = set(r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \log \exp".split())
 NAMES = {name[1:]: name for name in {*FUNCTIONS, r"\sqrt", r"\pi", r"\degree"}} | {
     "inf": r"\infty", "infinity": r"\infty", "percent": "%", "degrees": r"\degree"}
@@ -176,18 +178,22 @@ ALIASES = NAMES | {r"\times": "*", r"\cdot": "*", r"\div": "/", "**": "^", r"\%"
     r"\ne": "!=", r"\neq": "!=", ";": ",", r"\varnothing": r"\emptyset", r"\dfrac": r"\frac",
     r"\tfrac": r"\frac", "mph": "miles per hour", **dict.fromkeys(r"""\left \right \displaystyle
     \quad \qquad \boxed \fbox \( \) \[ \] \, \; \: \! $ ~ `""".split(), ""), "\\ ": ""}
-TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d[\dA-F]*(?=_)|\d*\.?\d+(?:[eE]-?\d+)?"
-    r"|(?!\\log)(?:\\[a-z]+|[A-Za-z])_(?:\w|\{\w+\})|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\*\*|\S",
-    re.A)  # 1,234; 2A_16; 1.5e-3; x_1; \pi; cm; <=
+TOKEN = re.compile(r"""
+    \d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])    # 1,234.5
+    | \d[\dA-F]*(?=_)                        # 52_8
+    | \d*\.\d+e-?\d+ | \d*\.?\d+(?:E-?\d+)?  # 3.2e-4, 12; but 2e-1 is 2 times e minus 1
+    | (?!\\log)(?:\\[a-z]+|[A-Za-z])_(?:\w|\{\w+\})  # x_1
+    | \\[A-Za-z]+ | \\. | [A-Za-z]+ | <= | >= | != | \*\* | \S""", re.A | re.X)
 SPELLINGS = [(re.compile(pattern, re.A), new) for pattern, new in [
-    (r"\\(?:text|mbox|mathrm)\s*\{\s*([mgshL])\s*\}", r"\\\1 "),  # an upright m is a unit
+    (r"(\\(?:text|mbox|mathrm)\s*\{\s*)([mgshL])\b", r"\1\\\2 "),  # an upright m is a unit, \m
     (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt)?|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,!;: ]) ?(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234
-    (r"(?<![\w^}])(\d+\.?\d*)\s*(?:\\times|\\cdot|[*xX])\s*10\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?",
-        r"\1e\2"), (r"(?<=\d) million\b", "e6"),  # 3.2 x 10^{-4}
+    (r"(^|[-+=(,\[{])\s*(\d+\.?\d*)\s*(?:\\times|\\cdot|[*xX])\s*10\s*\^\s*(?:\{\s*(-?\d+)\s*\}"
+        r"|(-?\d+))(?!\s*[\d^!.])", r"\1\2E\3\4"),  # 3.2 x 10^{-4}, which is a value
+    (r"(?<=\d) million\b", "E6"), (r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "),
     (r"\\begin\s*\{(?:[pb]?matrix\}|array\}\s*\{[clr|]*\})", r"\\matrix "),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[pb]?matrix|array)\}", r"\\endmatrix "),
-    (r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "), (r"\(\s*(\w+)\s*\)\s*_|(\d) _", r"\1\2_"),
+    (r"\(\s*(\w+)\s*\)\s*_", r"\1_"), (r"(\d) _", r"\1_"),  # (52)_8
     (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "), (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\bsq(?:uare|\.)? ([a-z]+)", r"\1^2"), (r"\bcubic ([a-z]+)", r"\1^3"),
     (r",\s*(?=and\b|or\b)", " ")]]
@@ -206,7 +212,8 @@ def normalize(text):
         text = text.replace(",", ", ")
     text = " ".join(ALIASES.get(x, x) for x in TOKEN.findall(text))
     text = re.sub(" [.,:]$", "", re.sub(" +", " ", text).strip())
-    return re.sub(r"^(.*= )?(- )?\\\$ (-?.*\d)$", r"\1\2\3 dollars", text).removeprefix("= ")
+    text = re.sub(r"^(.*= )?(- )?\\\$ (.*\d)$", r"\1\2\3 dollars", text).removeprefix("= ")
+    return re.sub(r"^(?:[Oo]ption )?(?:\( )?([A-Z])(?: [):])?$", r"\1", text)  # a choice: (B)
 
 
 UNITS = {spelling: names.split("=")[0] for names in r"""
@@ -215,13 +222,13 @@ UNITS = {spelling: names.split("=")[0] for names in r"""
     minute=min hour=hr=\h=h day week month year=yr liter=litre=\L ml=milliliter gallon=gal cent
     dollar=usd radian=rad unit person=people child=children=kid boy girl man=men woman=women student
     friend customer player animal dog cat fish bird chicken egg apple orange tree flower plant
-    cookie cake pizza meal candy=candie cup bottle bag box basket book page card ticket sticker word pen
-    pencil marble ball toy coin point step trip lap car truck bike room chair shirt song piece slice
+    cookie cake pizza meal candy=candie cup bottle bag box basket book page card ticket sticker pen
+    pencil word marble ball toy coin point step trip lap car truck bike room chair shirt song piece slice
     item block time vote question problem lesson solution
     """.split() for spelling in names.split("=")}
 UNITS |= {name + ending: unit for name, unit in UNITS.items() for ending in ("s", "es")}
 UNIT = re.compile(r"(.*[\d}!)i]) ([A-Za-z]{2,}|\\[mgshL])(?: \^ (?:\{ )?([23])(?: \})?)?"
-    r"(?: (?:/|per) (\w+))?")
+    r"(?: (?:/|per) (\\?\w+))?")  # value, unit, exponent, unit below: 5 m/s, 12 inches^2
 
 
 def split_unit(text):
@@ -235,16 +242,16 @@ def split_unit(text):
     units = [UNITS.get(name, UNITS.get(name.lower())) for name in (word, below) if name]
     if None in units or len(set(units)) < len(units):
         return text, ""
-    return value, "/".join(units) + exponent
+    return value, (units[0] + f"^{exponent}" * bool(exponent)) + "".join(f"/{x}" for x in units[1:])
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Values. A formula is kept as what it is at 8 points, and whether anything is left to compute
+# 3. Values. A formula is kept as what it is at 12 points, and whether anything is left to compute
 
 Value = namedtuple("Value", "op at plain names")  # op: the last operation, "constant", "symbol"
-POINTS, NO_NAMES = 8, frozenset()
-Group = namedtuple("Group", "op args names plain", defaults=[NO_NAMES, False])  # op: list, set, (),
-# [), union, matrix, row; a relation; "and" or "or" between relations
+POINTS, NO_NAMES = 12, frozenset()
+Group = namedtuple("Group", "op args names plain", defaults=[NO_NAMES, False])  # op: list, set,
+# union, matrix, row; brackets as written, () or [); a relation; "and" or "or" between relations
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=", r"\in")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
     "^": lambda a, b: a**b if a or b.real > 0 else MP.nan, "root": lambda a, n: a ** (1 / n),
@@ -286,10 +293,12 @@ def constant(number, plain=False):
 
 
 def symbol(name):
-    """A name has the same numbers in every text, at the first half of the points positive ones."""
-    rng, signs = random.Random(name), [(1,)] * (POINTS // 2) + [(-1, 1)] * (POINTS // 2)
-    at = [MP.mpf(rng.choice(sign) * rng.randint(100, 3000)) / 1009 for sign in signs]
-    return Value("symbol", tuple(at), False, frozenset([name]))
+    """A name has the same numbers in every text: 4 positive ones, a negative one, 7 of either sign.
+    With fewer, \\sqrt{x^2 y^2} would be xy for names whose signs happen to agree."""
+    rng = random.Random(name)
+    signs = [1] * 4 + [-1] + [rng.choice((-1, 1)) for _ in range(POINTS - 5)]
+    at = tuple(sign * MP.mpf(rng.randint(100, 3000)) / 1009 for sign in signs)
+    return Value("symbol", at, False, frozenset([name]))
 
 
 CONSTANTS = {r"\pi": constant(+MP.pi), "e": constant(+MP.e), "i": constant(MP.j),
@@ -302,9 +311,12 @@ CONSTANTS = {r"\pi": constant(+MP.pi), "e": constant(+MP.e), "i": constant(MP.j)
 LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi"
     r"|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)|[A-Za-z]")
 STOP = set("an as at be by if is it no not odd of on one red six ten the to two was yes".split())
-BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), -9), r"\\": -2, "&": -1,
-    ",": 0, "and": 0, "or": 0, **dict.fromkeys(RELATIONS, 1), r"\cup": 2, "+": 3, "-": 3, "*": 4,
-    "/": 4, "^": 6, "!": 7, "%": 7, r"\degree": 7}  # 4: also xy; 5: the minus of -x
+# How tightly a sign binds. PRODUCT: also without a sign, xy; SIGN: the minus of -x; AFTER: 5%, 4!
+END, ROW, CELL, LIST, RELATION, UNION, SUM, PRODUCT, SIGN, POWER, AFTER = range(11)
+BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), END), r"\\": ROW, "&": CELL,
+    ",": LIST, "and": LIST, "or": LIST, **dict.fromkeys(RELATIONS, RELATION), r"\cup": UNION,
+    "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": AFTER, "%": AFTER,
+    r"\degree": AFTER}
 CLOSING = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\matrix": r"\endmatrix"}
 
 
@@ -324,7 +336,7 @@ def parse_math(text):
     if len(tokens) > MAX_TOKENS or costly > MAX_COSTLY:
         raise ValueError(f"over {MAX_TOKENS} tokens, or over {MAX_COSTLY} powers and functions")
     parser = Parser(tokens)
-    value = parser.parse(0)
+    value = parser.parse(LIST)
     parser.take("")
     return value
 
@@ -341,66 +353,60 @@ class Parser:
     def take(self, *expected):
         token = self.peek()
         if token not in expected and (expected or token == ""):
-            raise ValueError(f"{token!r} was not expected")
+            raise ValueError(f"{token or 'the end'!r} was not expected")
         self.last = self.tokens.pop()
         return self.last
 
     def parse(self, binding):
         if self.peek() in ("+", "-"):  # it binds looser than a power: -2^2 is -4
-            value = apply("neg", self.parse(5)) if self.take() == "-" else self.parse(5)
+            value = apply("neg", self.parse(SIGN)) if self.take() == "-" else self.parse(SIGN)
         else:
             value = self.atom()
         factor = value  # the last one of a product
-        while (level := BINDING.get(self.peek(), 4)) >= binding:
+        while (level := BINDING.get(self.peek(), PRODUCT)) >= binding:
             if self.peek() not in BINDING:
                 value, factor = self.product(value, factor)
                 continue
             sign = self.take()
-            if level == 7:
+            if level == AFTER:
                 value = factor = apply(sign, value)
-            elif level > 2:
+            elif level in (SUM, PRODUCT, POWER):
                 factor = self.parse(level + 1)
                 value = apply(sign, value, factor)
                 factor = value if sign == "^" else factor
-            elif level == 1:
-                parts, signs = [value, self.parse(2)], [sign]
+            elif level == RELATION:
+                parts, signs = [value, self.parse(UNION)], [sign]
                 while self.peek() in RELATIONS:
                     signs.append(self.take())
-                    parts.append(self.parse(2))
+                    parts.append(self.parse(UNION))
                 value = relate(parts, signs)
             else:
                 value = collect(sign, value, self.parse(level + 1))
-            if level > 5 and self.peek() == sign:
+            if level >= POWER and self.peek() == sign:
                 raise ValueError(f"{sign} twice")  # x^2^3; 3!! is not (3!)!
         return value
 
     def product(self, value, before):
         """A factor without a sign before it -> (value, factor); refused if it may be none."""
-        token, last, factor = self.peek(), self.last, self.parse(5)
-        power = factor.op == "^" and not before.plain  # n 2^{n-1}
-        if token == r"\frac" and factor.plain and value.op in ("constant", "neg") and (
-                MP.isint(value.at[0]) and 0 < factor.at[0] < 1):
+        token, last, factor = self.peek(), self.last, self.parse(SIGN)
+        whole = value.plain and value.op in ("constant", "neg") and MP.isint(value.at[0])
+        fraction = token == r"\frac" and factor.plain and factor.op == "/"
+        if fraction and whole and 0 < factor.at[0] < 1:
             mixed = constant(abs(value.at[0]) + factor.at[0], plain=True)  # 2\frac13
             return (apply("neg", mixed) if value.at[0] < 0 else mixed), mixed
-        if token[0].isdigit() and not power or factor.plain and (
-                token == "{" or token == r"\frac" and before.plain):
+        power = factor.op == "^" and not before.plain  # n 2^{n-1}, but not 3 2^5
+        braced = token == "{" or token == r"\frac" and before.plain
+        if token[0].isdigit() and not power or braced and factor.plain:
             raise ValueError("two numbers side by side")
-        if token in ("(", "[") and last != ")" and before.op in ("symbol", "^") and (
-                before.names & set("fghFGHP") or factor.op in ("constant", "symbol", "^")):
-            raise ValueError("a function of a number, or a product?")
+        called = token in ("(", "[") and last != ")" and before.op in ("symbol", "^")
+        if called and (before.names & set("fghFGHP") or factor.op in ("constant", "symbol", "^")):
+            raise ValueError("a function, or a product?")  # f(x+1), a(2); x(x+1) is a product
         return apply("*", value, factor), factor
 
     def atom(self):
         token = self.take()
         if token[0] in ".0123456789":
-            if len(token) > MAX_DIGITS or len(token.lower().partition("e")[2]) > 3:  # e-99
-                raise ValueError("a number too large")
-            if self.peek() != "_":
-                return constant(token.replace(",", ""), plain=True)
-            base = self.take() and self.argument().at[0]
-            if base not in range(2, 37):
-                raise ValueError("a number in no base")
-            return constant(int(token, int(base)), plain=True)  # 52_8 is 42
+            return self.number(token)
         if token in CLOSING:
             return self.bracket(token)
         if token == r"\frac":
@@ -417,6 +423,18 @@ class Parser:
             raise ValueError(f"{token!r} was not expected")
         return symbol(name)
 
+    def number(self, token):
+        if self.peek() == "_":  # 52_8 is 42
+            self.take()
+            base = self.argument().at[0]
+            if base not in range(2, 37):
+                raise ValueError("a number in no base")
+            token = str(int(token, int(base)))
+        number = constant(token.replace(",", ""), plain=True)
+        if len(token) > MAX_DIGITS or MP.isnan(compute("+", number.at[0], 0)):
+            raise ValueError("a number too large or too small")
+        return number
+
     def argument(self):
         """What a TeX command takes: a group in braces, or one digit, letter or command."""
         if self.peek()[:1].isdigit():
@@ -424,7 +442,7 @@ class Parser:
         return self.atom()
 
     def bracket(self, opener):
-        value = self.parse(-2 if opener == r"\matrix" else 0)
+        value = self.parse(ROW if opener == r"\matrix" else LIST)
         brackets = opener + self.take(*CLOSING[opener].split())
         items = value.args if value.op == "list" else (value,)
         if brackets in ("(]", "[)") and len(items) != 2:
@@ -436,14 +454,15 @@ class Parser:
     def function(self, name):
         """\\sin^2 x, \\log_2 8, \\sin 2x; refused if its end is in doubt, as in \\sin x/2"""
         marks = {}
-        while self.peek() in ("^", "_"):
+        while self.peek() == "^" or self.peek() == "_" and name == r"\log":
             mark = self.take()
             marks[mark] = self.argument()
         bracketed = self.peek() in CLOSING
-        value = self.atom() if bracketed else self.parse(5)
+        value = self.atom() if bracketed else self.parse(SIGN)
         while not bracketed and (LETTER.fullmatch(self.peek()) or self.peek() == r"\pi"):
-            value = apply("*", value, self.parse(5))
-        if not bracketed and (self.peek()[:1].isdigit() or self.peek() in ("/", *CLOSING)):
+            value = apply("*", value, self.parse(SIGN))
+        ends = self.peek() in BINDING and self.peek() != "/" or self.peek() in FUNCTIONS
+        if not bracketed and not ends:
             raise ValueError(f"an argument of {name} that may end in two places")
         power = marks.get("^")
         if power and power.at[0] == -1 and "\\arc" + name[1:] in FUNCTIONS:
@@ -457,7 +476,8 @@ class Parser:
 def collect(sign, left, right):
     """1, 2 and 3; sets with \\cup between; the rows and cells of a matrix; x < 1 or x > 2"""
     stated = any(x.op in (*RELATIONS[1:], "and", "or") for x in (left, right))
-    op = {r"\cup": "union", "&": "row", r"\\": "matrix"}.get(sign, sign if stated else "list")
+    stated = {",": "and"}.get(sign, sign) if stated else "list"
+    op = {r"\cup": "union", "&": "row", r"\\": "matrix"}.get(sign, stated)
     items = (*left.args, right) if left.op == op else (left, right)
     if len(items) > MAX_ITEMS:
         raise ValueError(f"more than {MAX_ITEMS} items")
@@ -505,7 +525,7 @@ def compare(answer, gold):
 
 def find_ratio(answer, gold):
     """answer / gold if it is one number at all points where the gold is real, or else a number."""
-    known = [(a, b) for a, b in zip(answer.at, gold.at) if b == b]  # nan is not nan
+    known = [(a, b) for a, b in zip(answer.at, gold.at) if b == b]  # not nan, which is not itself
     real = [(a, b) for a, b in known if not b.imag]
     numbers = real if len(real) > 2 else known
     ratios = [1 if a == b else a / b if b else MP.nan for a, b in numbers]
