@@ -3,27 +3,27 @@
     python verify.py 'So it is \\boxed{\\frac{2}{4}}.' 0.5    # says why; exit status 0: equal
 
 Find the answer's text (`extract_answer`), read it (`parse_math`), compare it with the gold
-(`compare`). In doubt the verdict is False: a wrong answer that is rewarded gets learned.
+(`compare`). In doubt the verdict is False: what is rewarded gets learned, wrong answers too.
 
-What is equal. A number is exact: 0.333 is not 1/3, and 52_8 is 42. 20\\% is 1/5, and also 20 where
-the gold is a bare number above 1. A unit may be left out, not exchanged. x = 5 answers 5, but not
-y = 5. Lists and sets match in any order, tuples in theirs. An open interval is not a closed one.
-Equations and inequalities may differ by a constant factor. Formulas are equal if they agree to 120
-digits at points where the gold has a value. \\log without a base is not \\ln.
+What is equal. A number is exact: 0.333 is not 1/3. 20\\% is 1/5, and also 20 where the gold is a
+bare number above 1. A unit may be left out, not exchanged. x = 5 answers 5, but not y = 5. Lists
+and sets match in any order, tuples in theirs. An open interval is not a closed one. Equations and
+inequalities may differ by a constant factor. Formulas are equal if they agree to 120 digits at
+points, random numbers for each letter, where the gold has one. \\log without a base is not \\ln.
 
 An answer is a value, not the question again. Where the gold is a number such as 7 or 3/4, the
-answers 3+4 and \\sqrt{49} are False. A fraction, a decimal, one power, a factorial, 3*10^4, 5\\%,
-degrees, a mixed number, 52_8 and a chain of equalities that ends in one of them are values. Where
-the gold is another formula, such as 2\\sqrt{3} or x^2-1, the question's own may still be "right".
+answers 3+4, \\sqrt{49} and 8!/4! are False: they may be copied from the question. A fraction, a
+decimal, one power, 4!, 3*10^4, 5\\%, degrees, 2\\frac{1}{3} and a chain of equalities that ends in
+one of them are values. Where the gold is a formula, such as 2\\sqrt{3}, a copy cannot be told.
 
 Not read, so equal to the same text only: \\pm, \\approx, sums, integrals, floors, absolute values,
-binomials, hyperbolic functions, n!, f(0), f(x) = 2x, 0.\\overline{3}, \\mathbb{R}, {x | x > 3}, set
-algebra other than unions of intervals, x < 5 as an interval, x = 1, y = 2 as a tuple, a factor
-before a matrix, "Area = 5", (B) 42, 2 1/3, 60 significant digits, numbers from 10^40 on. Units are
-not converted. Rewrite such golds, or drop them.
+binomials, inverse and hyperbolic functions, n! of a letter, f(0), f(x) = 2x, 0.\\overline{3}, 52_8,
+\\mathbb{R}, {x | x > 3}, set algebra other than unions of intervals, x < 5 as an interval, "x = 1,
+y = 2" as a tuple, a factor before a matrix, "Area = 5", (B) 42, 2 1/3, numbers from 10^40 on. Units
+are not converted; those that are known stand in UNITS. Rewrite such golds, or drop them.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
-(sympy's parsers run Python). A formula is kept as its values at 12 points, of 150 digits each: it
+(sympy's parsers run Python). A formula is kept as its values at 20 points, of 150 digits each: it
 cannot grow, and no text makes `verify` raise or take 0.1 s. `verify_batch` has a deadline as well.
 """
 
@@ -41,7 +41,7 @@ import mpmath
 
 MAX_RESPONSE, MAX_TAIL = 1_000_000, 20_000  # characters: of a response; of its end, that is read
 MAX_ANSWER = 2_000  # characters
-MAX_TOKENS, MAX_COSTLY, MAX_ITEMS = 300, 20, 30  # of an answer; costly: powers, roots, functions
+MAX_TOKENS, MAX_COSTLY, MAX_ITEMS = 300, 16, 30  # of an answer; costly: powers, roots, functions
 MAX_DIGITS, MAX_SIZE = 50, 10**40  # of a number written out; of any number in a formula
 MP = mpmath.MPContext()  # our own, so that its precision is never changed from elsewhere
 MP.dps = 150
@@ -72,24 +72,25 @@ def compare_texts(text, gold):
     if squeezed[0] == squeezed[1]:
         return text != "", "the same text"
     if WORDS.fullmatch(gold):
-        return text.lower() == gold.lower(), "the same words"
+        return text.lower() == gold.lower() and not gold.isupper(), "the same words"
     (text, unit), (gold_text, gold_unit) = split_unit(text), split_unit(gold)
     answer, gold = parse_math(text), parse_math(gold_text)
     if unit and gold_unit and unit != gold_unit:
         return False, f"{unit} is not {gold_unit}"
     if unit and unname(answer)[1].names or gold_unit and unname(gold)[1].names:
         return False, "a unit behind a formula: in 2x^3 ml it may be m times l"
-    percent = text.endswith(" %") and not gold_unit and gold.plain and gold.op == "constant"
-    if percent and gold.at[0] > 1 and compare(parse_math(text[:-2]), gold)[0]:
+    percent = text.endswith(" %") and answer.plain
+    bare = gold.plain and gold.op == "constant" and gold.at[0] > 1 and not gold_unit
+    if percent and bare and compare(parse_math(text[:-2]), gold)[0]:
         return True, "a percentage"
-    new_functions = (FUNCTIONS | {r"\sqrt"}) & (set(text.split()) - set(gold_text.split()))
-    if new_functions and not gold.names:
+    words, gold_words = (set(x.replace(r"\ln", r"\log").split()) for x in (text, gold_text))
+    if not gold.names and (FUNCTIONS | {r"\sqrt"}) & (words - gold_words):
         return False, "a function that still has to be computed"  # \sin 60 for \sqrt{3} / 2
     return compare(answer, gold)
 
 
-# Not products of letters. Two small letters may be one, such as xy; no product is "no" or "on".
-WORDS = re.compile("(?=.*[A-Za-z]{3}|.*[A-Za-z]{2}.* [A-Za-z]{2})[A-Za-z '-]+|[A-Z]{2}|no|on")
+# A choice, B, or words. Two small letters are a product, as xy is, except for "no" and "on".
+WORDS = re.compile("(?=.*[A-Za-z]{3}|.*[A-Za-z]{2}.* [A-Za-z]{2})[A-Za-z '-]+|[A-Z]{1,2}|no|on")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,22 +166,21 @@ def is_answer(text, may_be_word):
 # --------------------------------------------------------------------------------------------------
 # 2. One spelling: tokens with a space between them. Of the many ways to write one, one is left.
 
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=",
-    "≥": ">=", "≠": "!=", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ",
-    "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "±": r"\pm ",
-    "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "\u200b": "", "\xa0": " "})
-FUNCTIONS = set(r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \log \exp".split())
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": " * ", "·": " * ", "÷": "/", "≤": " <= ",
+    "≥": " >= ", "≠": " != ", "π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ",
+    "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
+    "°": r"\degree ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "\u200b": "", "\xa0": " "})
+FUNCTIONS = set(r"\sin \cos \tan \cot \sec \csc \ln \log \exp".split())
 NAMES = {name[1:]: name for name in {*FUNCTIONS, r"\sqrt", r"\pi", r"\degree"}} | {
     "inf": r"\infty", "infinity": r"\infty", "percent": "%", "degrees": r"\degree"}
 ALIASES = NAMES | {r"\times": "*", r"\cdot": "*", r"\div": "/", "**": "^", r"\%": "%",
     r"\le": "<=", r"\leq": "<=", r"\lt": "<", r"\ge": ">=", r"\geq": ">=", r"\gt": ">",
-    r"\ne": "!=", r"\neq": "!=", ";": ",", r"\varnothing": r"\emptyset", r"\dfrac": r"\frac",
+    r"\ne": "!=", r"\neq": "!=", r"\varnothing": r"\emptyset", r"\dfrac": r"\frac",
     r"\tfrac": r"\frac", "mph": "miles per hour", **dict.fromkeys(r"""\left \right \displaystyle
     \quad \qquad \boxed \fbox \( \) \[ \] \, \; \: \! $ ~ `""".split(), ""), "\\ ": ""}
 TOKEN = re.compile(r"""
-    \d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])    # 1,234.5
-    | \d[\dA-F]*(?=_)                        # 52_8
+    [1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?![\d,])  # 1,234.5
     | \d*\.\d+e-?\d+ | \d*\.?\d+(?:E-?\d+)?  # 3.2e-4, 12; but 2e-1 is 2 times e minus 1
     | (?!\\log)(?:\\[a-z]+|[A-Za-z])_(?:\w|\{\w+\})  # x_1
     | \\[A-Za-z]+ | \\. | [A-Za-z]+ | <= | >= | != | \*\* | \S""", re.A | re.X)
@@ -193,7 +193,7 @@ SPELLINGS = [(re.compile(pattern, re.A), new) for pattern, new in [
     (r"(?<=\d) million\b", "E6"), (r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "),
     (r"\\begin\s*\{(?:[pb]?matrix\}|array\}\s*\{[clr|]*\})", r"\\matrix "),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[pb]?matrix|array)\}", r"\\endmatrix "),
-    (r"\(\s*(\w+)\s*\)\s*_", r"\1_"), (r"(\d) _", r"\1_"),  # (52)_8
+    (r"\(\s*(\w+)\s*\)\s*_", r"\1_"), (r"(?<=[\dA-F])\s*_\{(\d+)\}", r"_\1"),  # 52_8
     (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "), (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\bsq(?:uare|\.)? ([a-z]+)", r"\1^2"), (r"\bcubic ([a-z]+)", r"\1^3"),
     (r",\s*(?=and\b|or\b)", " ")]]
@@ -203,7 +203,7 @@ def normalize(text):
     """The text of an answer -> its tokens, with a space between them."""
     if len(text) > MAX_ANSWER:
         raise ValueError(f"longer than {MAX_ANSWER} characters")
-    text = text.translate(UNICODE).strip().strip("*")
+    text = re.sub(r"^\s*\*\*(.*)\*\*\s*$", r"\1", text.translate(UNICODE)).strip()  # **42**
     if re.fullmatch(r"([^$]*=)?\s*-?\s*\$[^$]*", text):  # one dollar is money, two are math mode
         text = text.replace("\\$", "$").replace("$", "\\$")
     for pattern, new in SPELLINGS:
@@ -212,7 +212,7 @@ def normalize(text):
         text = text.replace(",", ", ")
     text = " ".join(ALIASES.get(x, x) for x in TOKEN.findall(text))
     text = re.sub(" [.,:]$", "", re.sub(" +", " ", text).strip())
-    text = re.sub(r"^(.*= )?(- )?\\\$ (.*\d)$", r"\1\2\3 dollars", text).removeprefix("= ")
+    text = re.sub(r"^(.*= )?(- )?\\\$ (.*\d)$", r"\1\2\3 dollars", text.removeprefix("= "))
     return re.sub(r"^(?:[Oo]ption )?(?:\( )?([A-Z])(?: [):])?$", r"\1", text)  # a choice: (B)
 
 
@@ -223,8 +223,8 @@ UNITS = {spelling: names.split("=")[0] for names in r"""
     dollar=usd radian=rad unit person=people child=children=kid boy girl man=men woman=women student
     friend customer player animal dog cat fish bird chicken egg apple orange tree flower plant
     cookie cake pizza meal candy=candie cup bottle bag box basket book page card ticket sticker pen
-    pencil word marble ball toy coin point step trip lap car truck bike room chair shirt song piece slice
-    item block time vote question problem lesson solution
+    pencil word marble ball toy coin point step trip lap car truck bike room chair shirt song piece
+    slice item block time vote question problem lesson solution
     """.split() for spelling in names.split("=")}
 UNITS |= {name + ending: unit for name, unit in UNITS.items() for ending in ("s", "es")}
 UNIT = re.compile(r"(.*[\d}!)i]) ([A-Za-z]{2,}|\\[mgshL])(?: \^ (?:\{ )?([23])(?: \})?)?"
@@ -246,10 +246,10 @@ def split_unit(text):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Values. A formula is kept as what it is at 12 points, and whether anything is left to compute
+# 3. Values. A formula is kept as what it is at 20 points, and whether anything is left to compute
 
 Value = namedtuple("Value", "op at plain names")  # op: the last operation, "constant", "symbol"
-POINTS, NO_NAMES = 12, frozenset()
+POINTS, NO_NAMES = 20, frozenset()
 Group = namedtuple("Group", "op args names plain", defaults=[NO_NAMES, False])  # op: list, set,
 # union, matrix, row; brackets as written, () or [); a relation; "and" or "or" between relations
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=", r"\in")
@@ -257,20 +257,24 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
     "^": lambda a, b: a**b if a or b.real > 0 else MP.nan, "root": lambda a, n: a ** (1 / n),
     "%": lambda a: a / 100, r"\degree": lambda a: a * MP.pi / 180,
     "!": lambda a: MP.factorial(a) if a in range(35) else MP.nan,
-    **{name: getattr(MP, name[1:].replace("arc", "a")) for name in FUNCTIONS}}
+    **{name: getattr(MP, name[1:]) for name in FUNCTIONS}}
+PARTS = {"neg": {"constant", "mixed", "/", "^", "!", "%"}, "/": {"constant", "neg", "^"},
+    "^": {"constant", "neg", "/"}, "%": {"constant", "neg", "/"}, "!": {"constant"}}
+# of what the operation of a plain value may be: 3/4 of constants, -3/4 of a fraction
 
 
 def apply(op, *values):
-    """The Value of an operation: its numbers at the points; whether it is plain, as 3/4, -3, 5%, 4!
-    and (3/4)^2 are, and sums, products and towers are not; the names in it."""
+    """The Value of an operation: its numbers at the points; whether it is plain, as -3, 3/4, 5%, 4!
+    and (3/4)^2 are, and sums, products, 4!/3!, 2^3/2^2 and towers are not; the names in it."""
     if not all(isinstance(value, Value) for value in values):
         raise ValueError("a collection or a relation where a number is needed")
     at = tuple(compute(op, *numbers) for numbers in zip(*(value.at for value in values)))
     names = frozenset().union(*(value.names for value in values))
-    one_power = op == "^" and {x.op for x in values} <= {"constant", "neg", "/"} and (
-        MP.isint(values[1].at[0]))
-    plain = (one_power or op in ("/", "neg", "%", "!")) and all(value.plain for value in values)
-    return Value(op, at, plain, names)
+    integers = [value.plain and value.op == "/" and MP.isint(value.at[0]) for value in values]
+    parts = [value.op in PARTS.get(op, ()) or is_int for value, is_int in zip(values, integers)]
+    ops = [value.op for value in values]
+    plain = all(parts) and all(value.plain for value in values) and ops != ["^", "^"]
+    return Value(op, at, plain and (op != "^" or MP.isint(values[1].at[0])), names)
 
 
 def compute(op, *numbers):
@@ -293,12 +297,19 @@ def constant(number, plain=False):
 
 
 def symbol(name):
-    """A name has the same numbers in every text: 4 positive ones, a negative one, 7 of either sign.
-    With fewer, \\sqrt{x^2 y^2} would be xy for names whose signs happen to agree."""
-    rng = random.Random(name)
-    signs = [1] * 4 + [-1] + [rng.choice((-1, 1)) for _ in range(POINTS - 5)]
-    at = tuple(sign * MP.mpf(rng.randint(100, 3000)) / 1009 for sign in signs)
-    return Value("symbol", at, False, frozenset([name]))
+    """A name has the same numbers in every text. The first 4 are positive. Of the others half are
+    negative and half are above 5, at points that differ from name to name: there \\sqrt{x^2 y^2} is
+    not xy, and \\sqrt{(x - 4)^2} is not 4 - x."""
+    rng, code, at = random.Random(name), sum(name.encode()) % 14 + 1, []
+    for i in range(POINTS):
+        sign = -1 if i > 3 and odd_bits(i - 4 & code) else 1
+        low, high = (5, 30) if odd_bits(i) else (0.1, 3)
+        at.append(sign * MP.mpf(round(1009 * rng.uniform(low, high))) / 1009)
+    return Value("symbol", tuple(at), False, frozenset([name]))
+
+
+def odd_bits(number):
+    return bin(number).count("1") % 2 == 1
 
 
 CONSTANTS = {r"\pi": constant(+MP.pi), "e": constant(+MP.e), "i": constant(MP.j),
@@ -310,11 +321,12 @@ CONSTANTS = {r"\pi": constant(+MP.pi), "e": constant(+MP.e), "i": constant(MP.j)
 
 LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi"
     r"|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)|[A-Za-z]")
-STOP = set("an as at be by if is it no not odd of on one red six ten the to two was yes".split())
+STOP = set("""am an as at be by if is it no not odd of on one pm red six ten the to two was
+    yes""".split())  # words, though short
 # How tightly a sign binds. PRODUCT: also without a sign, xy; SIGN: the minus of -x; AFTER: 5%, 4!
-END, ROW, CELL, LIST, RELATION, UNION, SUM, PRODUCT, SIGN, POWER, AFTER = range(11)
+END, ROW, CELL, WORD, LIST, RELATION, UNION, SUM, PRODUCT, SIGN, POWER, AFTER = range(12)
 BINDING = {**dict.fromkeys(("", ")", "]", "}", r"\}", r"\endmatrix"), END), r"\\": ROW, "&": CELL,
-    ",": LIST, "and": LIST, "or": LIST, **dict.fromkeys(RELATIONS, RELATION), r"\cup": UNION,
+    "and": WORD, "or": WORD, ",": LIST, **dict.fromkeys(RELATIONS, RELATION), r"\cup": UNION,
     "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": AFTER, "%": AFTER,
     r"\degree": AFTER}
 CLOSING = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\matrix": r"\endmatrix"}
@@ -336,7 +348,7 @@ def parse_math(text):
     if len(tokens) > MAX_TOKENS or costly > MAX_COSTLY:
         raise ValueError(f"over {MAX_TOKENS} tokens, or over {MAX_COSTLY} powers and functions")
     parser = Parser(tokens)
-    value = parser.parse(LIST)
+    value = parser.parse(WORD)
     parser.take("")
     return value
 
@@ -392,8 +404,8 @@ class Parser:
         whole = value.plain and value.op in ("constant", "neg") and MP.isint(value.at[0])
         fraction = token == r"\frac" and factor.plain and factor.op == "/"
         if fraction and whole and 0 < factor.at[0] < 1:
-            mixed = constant(abs(value.at[0]) + factor.at[0], plain=True)  # 2\frac13
-            return (apply("neg", mixed) if value.at[0] < 0 else mixed), mixed
+            mixed = constant(abs(value.at[0]) + factor.at[0], plain=True)._replace(op="mixed")
+            return (apply("neg", mixed) if value.at[0] < 0 else mixed), mixed  # 2\frac13
         power = factor.op == "^" and not before.plain  # n 2^{n-1}, but not 3 2^5
         braced = token == "{" or token == r"\frac" and before.plain
         if token[0].isdigit() and not power or braced and factor.plain:
@@ -424,15 +436,9 @@ class Parser:
         return symbol(name)
 
     def number(self, token):
-        if self.peek() == "_":  # 52_8 is 42
-            self.take()
-            base = self.argument().at[0]
-            if base not in range(2, 37):
-                raise ValueError("a number in no base")
-            token = str(int(token, int(base)))
         number = constant(token.replace(",", ""), plain=True)
-        if len(token) > MAX_DIGITS or MP.isnan(compute("+", number.at[0], 0)):
-            raise ValueError("a number too large or too small")
+        if len(token) > MAX_DIGITS or MP.isnan(compute("+", number.at[0], 0)) or self.peek() == "_":
+            raise ValueError("a number too large or too small, or in another base")
         return number
 
     def argument(self):
@@ -465,8 +471,8 @@ class Parser:
         if not bracketed and not ends:
             raise ValueError(f"an argument of {name} that may end in two places")
         power = marks.get("^")
-        if power and power.at[0] == -1 and "\\arc" + name[1:] in FUNCTIONS:
-            name, power = "\\arc" + name[1:], None
+        if power and not (power.plain and power.at[0] > 0):
+            raise ValueError("an inverse function, or a power?")  # \\sin^{-1} x
         value = apply(name, value)
         if name == r"\log":
             value = apply("/", value, apply(name, marks.get("_") or symbol("the base of log")))
@@ -478,7 +484,8 @@ def collect(sign, left, right):
     stated = any(x.op in (*RELATIONS[1:], "and", "or") for x in (left, right))
     stated = {",": "and"}.get(sign, sign) if stated else "list"
     op = {r"\cup": "union", "&": "row", r"\\": "matrix"}.get(sign, stated)
-    items = (*left.args, right) if left.op == op else (left, right)
+    items = (left.args if left.op == op else (left,)) + (
+        right.args if right.op == op == "list" else (right,))
     if len(items) > MAX_ITEMS:
         raise ValueError(f"more than {MAX_ITEMS} items")
     return Group(op, items)
@@ -487,6 +494,8 @@ def collect(sign, left, right):
 def relate(parts, signs):
     """What a chain states: x = 1 + 1 = 2 is x = 2; 1 + 1 = 2 is 2; a < x < b is two relations"""
     first, last = parts[0], parts[-1]
+    if first == last:
+        raise ValueError("a relation that says nothing")  # 0 = 0
     if set(signs) == {"="}:
         states = isinstance(first, Group) or first.names or len(parts) == 2 and last.names
         for part in parts[1:-1] if states else parts[:-1]:
@@ -541,7 +550,9 @@ def unname(x):
         for left, right in (x.args, x.args[::-1]):  # 5 = x
             items = left.args if left.op == "()" else (left,)
             names = ["".join(item.names) for item in items if item.op == "symbol"]
-            if len(names) == len(items) and names == sorted(names) and not right.names & set(names):
+            fits = left.op != "()" or right.op == "()" and len(right.args) == len(items)
+            if names == sorted({*names}) and not right.names & set(names) and fits and (
+                    len(names) == len(items)):
                 return ", ".join(names), right
     return "", x
 
@@ -551,7 +562,7 @@ def same_items(answer, gold):
     if answer.op != gold.op and not loose or len(answer.args) != len(gold.args):
         return False
     names, gold_names = ({unname(x)[0].partition("_")[0] for x in y.args} for y in (answer, gold))
-    if names != gold_names and len(names | gold_names) > 2:  # x = 1, y = 2 are not any 1 and 2
+    if names != gold_names and not (loose and len(names | gold_names) <= 2):  # x = 1, y = 2
         return False
     left = list(gold.args)
     for item in answer.args:

@@ -56,8 +56,9 @@ KINDS = {
         -2\frac12 == -5/2
         ½ == 0.5
         2½ == 5/2
-        \frac{4}{\frac32} == 8/3
-        """, "", r"""
+        """, r"""
+        8/3 == \frac{4}{\frac32}
+        """, r"""
         \frac{3}{4} == \frac{4}{3}
         -2\frac12 == -3/2
         \frac112 == 1/12
@@ -97,6 +98,7 @@ KINDS = {
         0.5\% == 0.5
         1\% == 1
         2000\% == 2
+        3!\% == 6
         20\% == 20 \text{ cm}
         """),
     "money and thousands": ("A comma separates thousands, or the items of a list.", r"""
@@ -122,6 +124,9 @@ KINDS = {
         \$3,\$4 == 34
         \$5 and \$6 == 5
         1,2345 == 12345
+        0,001 == 1
+        01,234 == 1234
+        12;500 == 12,500
         """),
     "scientific notation": ("3.2e-4 is a number here, not 3.2 times e minus 4.", r"""
         3.2e-4 == 0.00032
@@ -258,6 +263,10 @@ KINDS = {
         \sqrt{x^2} == x
         \sqrt{q^2} == q
         \sqrt{x^2z^2} == xz
+        \sqrt{x^2y} == x\sqrt{y}
+        \sqrt{(x-10)^2} == 10-x
+        \sqrt{(x+5)^2} == x+5
+        5-x == \sqrt{x^2-10x+25}
         x\cos(1e-99) == x
         x(x-1)(x-2) == 0
         x == y
@@ -312,6 +321,11 @@ KINDS = {
         xy=0 == y=0
         x=y == x=-y
         5=x=6 == 6
+        5=5 == x=5
+        0=0 == x=0
+        1=1,-3 == x=1,-3
+        x≠5 == 5
+        x\≠5 == 5
         """),
     "tuples and lists": ("Lists match in any order, tuples in theirs; a missing item is a wrong answer.", r"""
         (1,2) == (1, 2)
@@ -340,6 +354,14 @@ KINDS = {
         y=1, x=2 == 1,2
         (y,x)=(1,2) == (1,2)
         x_1=3, x_2=2 == x_1=2, x_2=3
+        (2 or 3) == (2,3)
+        [2 \text{ or } 3] == [2,3]
+        (1 or 2, 3 or 4) == (1,2,3,4)
+        (a,b,c)=(1,2) == (1,2)
+        (x,x)=(1,2) == (1,2)
+        (x,y)=5 == 5
+        (1=1,2) == (1,2)
+        \begin{pmatrix}a=1\\a=2\end{pmatrix} == \begin{pmatrix}1\\2\end{pmatrix}
         ((1,2),3) == (1,2,3)
         5, 5 == 5
         """),
@@ -434,20 +456,22 @@ KINDS = {
         \sin 2x == 2\sin x\cos x
         -\frac{1}{2}\cos 2t + 1 == 1-\frac{\cos(2t)}{2}
         \log 6 == \log 2+\log 3
+        \log_2 3 == \frac{\ln3}{\ln2}
         \log x^2 y == \log(x^2y)
         \ln\frac{x}{y} == \ln x-\ln y
         \sqrt{8x^3} == 2x\sqrt{2x}
         """, r"""
         3 == \log_2 8
+        \log(x^2) == 2\log x
         2 == \log_{10} 100
         3 == \frac{\log 8}{\log 2}
         \frac12 == \sin\frac{\pi}{6}
         1 == \cos^2 x + \sin^2 x
-        \frac{\pi}{2} == \sin^{-1}(1)
-        \pi/4 == arctan(1)
         """, r"""
         \cos x == \sin x
         \sin^{-1}(1) == \frac{1}{\sin 1}
+        \sec^{-1} x == \cos x
+        \sin^{-1}(1) == \frac{\pi}{2}
         \ln 2 == \log_2 e
         \log 100 == \ln 100
         \sin 2x == 2\sin x
@@ -464,15 +488,17 @@ KINDS = {
         3!! == 720
         3!! == 3
         """),
-    "number bases": ("52_8 is the number 42: not 52, and not 52_9.", r"""
+    "number bases": ("To convert is the question: 42 does not answer 52_8, nor the other way round.", r"""
         52_8 == 52_{8}
-        52_8 == 42
-        2A_{16} == 42
-        (1010)_2 == 10
-        \text{52}_8 == 101010_2
+        2A_{16} == 2A_16
+        (1010)_2 == 1010_2
+        \text{52}_8 == 52_{8}
         """, "", r"""
         52_8 == 52_9
         52_8 == 52
+        52_8 == 42
+        1010_2 == 12_8
+        \frac{1010_2}{10_2} == 5
         89_8 == 89
         0x1F == 0
         0x1F == 31
@@ -502,6 +528,10 @@ KINDS = {
         B A == B
         B and C == B
         A/B == A
+        A=B == B
+        (A)=(B) == B
+        ab == AB
+        6 mp == 6 pm
         """),
     "words": ("Where the gold is a word, letters count, not their product: north is not thorn.", r"""
         Thursday == thursday
@@ -621,6 +651,15 @@ KINDS = {
         12 == 2(6)
         48 == 7^2-1
         7 == \frac{3+4}{1}
+        20160 == \frac{8!}{2!}
+        132 == 12!/10!
+        4 == \frac{2^{10}}{2^8}
+        \frac32 == \frac34/\frac12
+        7 == \frac{1}{\frac17}
+        \frac23 == \frac{1\frac12}{2\frac14}
+        720 == (3!)!
+        5 == -(-5)
+        5 == --5
         7 == \frac{14}{1+1}
         7 == \frac{2\cdot7}{2}
         7 == 49^{1/2}
@@ -790,7 +829,7 @@ def test_parse_math_says_what_it_cannot_read():
     assert show(parse_math(normalize(r"\dfrac{2}{4}"))) == "0.5"
     for text, reason in [(r"\int x", "int"), ("3 wrongs", "wrong"), ("(1", "end' was not"), ("x" + "^2" * 3, "twice"),
             ("1 2", "side by side"), ("x" * 2001, "longer"), ("1\u202e2", "not expected"), ("f(0)", "function"),
-            ("9" * 401, "large"), ("1," * 40 + "1", "items"), (r"\sin " * 21 + "x", "20 powers"), ("89_8", "base 8")]:
+            ("9" * 401, "large"), ("1," * 40 + "1", "items"), (r"\sin " * 17 + "x", "16 powers"), ("52_8", "base")]:
         with pytest.raises(ValueError, match=reason):
             parse_math(normalize(text))
 
