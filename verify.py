@@ -141,7 +141,7 @@ def find_box(text):
     for match in BOX.finditer(text):
         if match["bare"]:  # \boxed 5
             last = last if boxes else (match.start(), match["bare"])
-        elif match[0] == "{" or len(match[0]) > 2:
+        elif match[0] == "{" or len(match[0]) > 2:  # a brace, or \\boxed{
             opened.append(match)
             boxes += [match] * (match[0] != "{")
         elif match[0] == "}" and opened and (start := opened.pop())[0] != "{":
@@ -233,16 +233,18 @@ UNIT = re.compile(r"(.*[\d}!)i]) ([A-Za-z]{2,}|\\[mgshL])(?: \^ (?:\{ )?([23])(?
 
 def split_unit(text):
     """12 inches ^ 2 -> ("12", "inch^2"); a unit ends the answer, and follows a number"""
-    match = UNIT.fullmatch(text)
     if r"\degree" in text:  # 30 degrees are 30, but in a sine pi / 6
-        return text if FUNCTIONS & {*text.split()} else text.replace(r" \degree", ""), "degree"
+        in_function = FUNCTIONS & set(text.split())
+        return text if in_function else text.replace(r" \degree", ""), "degree"
+    match = UNIT.fullmatch(text)
     if not match:
         return text, ""
     value, word, exponent, below = match.groups("")
     units = [UNITS.get(name, UNITS.get(name.lower())) for name in (word, below) if name]
     if None in units or len(set(units)) < len(units):
         return text, ""
-    return value, (units[0] + f"^{exponent}" * bool(exponent)) + "".join(f"/{x}" for x in units[1:])
+    units[0] += "^" + exponent if exponent else ""
+    return value, "/".join(units)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,21 +262,27 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
     **{name: getattr(MP, name[1:]) for name in FUNCTIONS}}
 PARTS = {"neg": {"constant", "mixed", "/", "^", "!", "%"}, "/": {"constant", "neg", "^"},
     "^": {"constant", "neg", "/"}, "%": {"constant", "neg", "/"}, "!": {"constant"}}
-# of what the operation of a plain value may be: 3/4 of constants, -3/4 of a fraction
 
 
 def apply(op, *values):
-    """The Value of an operation: its numbers at the points; whether it is plain, as -3, 3/4, 5%, 4!
-    and (3/4)^2 are, and sums, products, 4!/3!, 2^3/2^2 and towers are not; the names in it."""
+    """The Value of an operation: its numbers at the points, if it is plain, the names in it."""
     if not all(isinstance(value, Value) for value in values):
         raise ValueError("a collection or a relation where a number is needed")
     at = tuple(compute(op, *numbers) for numbers in zip(*(value.at for value in values)))
     names = frozenset().union(*(value.names for value in values))
-    integers = [value.plain and value.op == "/" and MP.isint(value.at[0]) for value in values]
-    parts = [value.op in PARTS.get(op, ()) or is_int for value, is_int in zip(values, integers)]
-    ops = [value.op for value in values]
-    plain = all(parts) and all(value.plain for value in values) and ops != ["^", "^"]
-    return Value(op, at, plain and (op != "^" or MP.isint(values[1].at[0])), names)
+    return Value(op, at, is_plain(op, values), names)
+
+
+def is_plain(op, values):
+    """Whether nothing is left to compute, as in -3, 3/4, 5%, 4! and (3/4)^2, but not in a sum, a
+    product, 4!/3!, 2^3/2^2 or 2^(1/2). PARTS says what each operation may be applied to."""
+    for value in values:
+        integer = value.op == "/" and MP.isint(value.at[0])
+        if not value.plain or not (integer or value.op in PARTS.get(op, ())):
+            return False
+    if op == "^":
+        return MP.isint(values[1].at[0])
+    return [value.op for value in values] != ["^", "^"]
 
 
 def compute(op, *numbers):
@@ -302,7 +310,7 @@ def symbol(name):
     not xy, and \\sqrt{(x - 4)^2} is not 4 - x."""
     rng, code, at = random.Random(name), sum(name.encode()) % 14 + 1, []
     for i in range(POINTS):
-        sign = -1 if i > 3 and odd_bits(i - 4 & code) else 1
+        sign = -1 if i > 3 and odd_bits((i - 4) & code) else 1
         low, high = (5, 30) if odd_bits(i) else (0.1, 3)
         at.append(sign * MP.mpf(round(1009 * rng.uniform(low, high))) / 1009)
     return Value("symbol", tuple(at), False, frozenset([name]))
