@@ -2,7 +2,7 @@
 
     python tests/bench/fuzz_verify.py                          # golds of the tests' pairs
     python tests/bench/fuzz_verify.py --golds answers.jsonl    # one a line, under the key "answer"
-    python tests/bench/fuzz_verify.py --gsm8k train.jsonl test.jsonl --against old/verify.py
+    python tests/bench/fuzz_verify.py --solutions train.jsonl test.jsonl --against old/verify.py
 
 1. Each gold as it is, written in the ways that models write it (REWRITES), and with one integer n in it as
    \\frac{2n}{2}: how many are accepted.
@@ -140,7 +140,7 @@ def differences(pairs, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--golds", help="json lines with a key answer; without it, the tests' golds")
-    parser.add_argument("--gsm8k", nargs="*", default=[], help="GSM8K's files, for solutions that end in a gold")
+    parser.add_argument("--solutions", nargs="*", default=[], help="GSM8K's files, for solutions that end in a gold")
     parser.add_argument("--against", help="another verify.py")
     parser.add_argument("--mutations", type=int, default=100_000)
     args = parser.parse_args()
@@ -158,7 +158,7 @@ def main():
             if not right:
                 print(f"    refused: {response}  for  {gold}   ({kind})")
     solved = []
-    for path in args.gsm8k:
+    for path in args.solutions:
         answers = [json.loads(line)["answer"] for line in Path(path).read_text().splitlines()]
         solved += [("GSM8K", answer, answer.rpartition("#### ")[2]) for answer in answers]
     if solved:
