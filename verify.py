@@ -18,9 +18,10 @@ one of them are values. Where the gold is a formula, such as 2\\sqrt{3}, a copy 
 
 Not read, so equal to the same text only: \\pm, \\approx, sums, integrals, floors, absolute values,
 binomials, inverse and hyperbolic functions, n! of a letter, f(0), f(x) = 2x, 0.\\overline{3}, 52_8,
-\\mathbb{R}, {x | x > 3}, set algebra other than unions of intervals, x < 5 as an interval, "x = 1,
-y = 2" as a tuple, a factor before a matrix, "Area = 5", (B) 42, 2 1/3, numbers from 10^40 on. Units
-are not converted; those that are known stand in UNITS. Rewrite such golds, or drop them.
+(-8)^{1/3} as -2, \\over, \\hspace, \\mathbb{R}, {x | x > 3}, set algebra other than unions of
+intervals, x < 5 as an interval, "x = 1, y = 2" as a tuple, a factor before a matrix, "Area = 5",
+(B) 42, 2 1/3, numbers from 10^40 on. Units are not converted; those that are known stand in UNITS.
+Rewrite such golds, or drop them.
 
 The text is written by a model that is rewarded for fooling this file. So nothing in it is executed
 (sympy's parsers run Python). A formula is kept as its values at 20 points, of 150 digits each: it
