@@ -3,7 +3,7 @@
 #   bash tests/bench/gpu.sh                               # all of it: 20 minutes of an H100 (estimated)
 #   MINUTES=9 bash tests/bench/gpu.sh                     # stops after 9 minutes; called again, it goes on
 #   PARTS="tests speed" bash tests/bench/gpu.sh           # some parts only: tests speed chain smollm2
-#   DEVICE=cpu SIZE=small bash tests/bench/gpu.sh         # a rehearsal on a CPU: 6 minutes, one core
+#   DEVICE=cpu SIZE=small bash tests/bench/gpu.sh         # a rehearsal on a CPU: 4 minutes, one core
 # The part smollm2 needs SMOLLM2, the folder that smollm2.py writes (default ckpt/smollm2), and GSM8K: TRAIN and
 # TEST name its two files, or data sets of the hub (the default).
 #
@@ -76,11 +76,14 @@ speed() { # tokens per second, share of the peak, peak of memory
 }
 
 chain() { # the README's four commands; each needs the one before
-  local few=""
-  if [ "$size" != full ]; then few="--steps 4 --batch-size 8 --max-new-tokens 48 --eval-problems 8"; fi
+  local few="" keep=""
+  if [ "$size" != full ]; then
+    few="--steps 4 --batch-size 8 --max-new-tokens 48 --eval-problems 8"
+    keep="--truncated correct" # so short, nothing is correct
+  fi
   stage chain-sft 400 sft $few || return 0
   stage chain-rlvr 300 rlvr --init "$out/chain-sft" $few || return 0
-  stage chain-opsd 200 opsd --init "$out/chain-rlvr" --only-correct $few || return 0
+  stage chain-opsd 200 opsd --init "$out/chain-rlvr" --only-correct $few $keep || return 0
   few=""
   if [ "$size" != full ]; then few="--problems 8 --max-new-tokens 48"; fi
   step chain-eval 200 python3 eval.py "$out"/chain-{sft,rlvr,opsd} --device "$device" \
@@ -88,20 +91,21 @@ chain() { # the README's four commands; each needs the one before
 }
 
 smollm2() { # SmolLM2-135M-Instruct on GSM8K: about 10 minutes of an H100 (estimated)
-  local common="--dtype bfloat16 --max-new-tokens 256 --eval-problems 256 --weight-decay 0" groups="" few=""
+  local common="--dtype bfloat16 --max-new-tokens 256 --eval-problems 256 --weight-decay 0" groups="" few="" keep=""
   if [ "$size" != full ]; then
     few="--steps 2 --batch-size 2 --micro-batch-size 2 --max-new-tokens 16 --eval-problems 2 --dtype float32"
     groups="--group-size 2"
+    keep="--truncated correct"
   fi
   # Three epochs. A quarter of the demonstrations have the teacher's prompt, which a model of this size must learn.
   stage smollm2-sft 300 sft --init "$smollm2" --data "$train_data" --no-thinking --privileged-frac 0.25 \
-    --steps 330 --batch-size 64 --micro-batch-size 64 --lr 1e-4 --warmup-steps 20 --eval-every 165 --save-every 110 \
+    --steps 330 --batch-size 64 --micro-batch-size 32 --lr 1e-4 --warmup-steps 20 --eval-every 165 --save-every 110 \
     $common $few || return 0
   # 16 responses to a problem: where 1 in 20 is correct, half of the groups hold a correct one.
   stage smollm2-rlvr 500 rlvr --init "$out/smollm2-sft" --group-size 16 --steps 40 --batch-size 32 \
     --micro-batch-size 64 --lr 1e-5 --eval-every 20 --save-every 10 $common $few $groups || return 0
   stage smollm2-opsd 300 opsd --init "$out/smollm2-rlvr" --only-correct --group-size 4 --steps 20 --batch-size 64 \
-    --micro-batch-size 32 --lr 1e-5 --eval-every 10 --save-every 10 $common $few $groups || return 0
+    --micro-batch-size 32 --lr 1e-5 --eval-every 10 --save-every 10 $common $few $groups $keep || return 0
   few="--problems 400 --n 4 --max-new-tokens 256"
   if [ "$size" != full ]; then few="--problems 2 --n 1 --max-new-tokens 16"; fi
   step smollm2-eval 300 python3 eval.py "$smollm2" "$out"/smollm2-{sft,rlvr,opsd} --data "$test_data" --no-thinking \
