@@ -292,8 +292,8 @@ def update_teacher(step, teacher, student, args):
 
 
 def make_optimizer(model, args):
-    """AdamW. Weight decay is for matrices: on the gain of a norm it would pull 1 towards 0. Fused on
-    a GPU: otherwise the step itself takes 4 more bytes a parameter."""
+    """AdamW. Weight decay is for matrices: on the gain of a norm it would pull 1 towards 0. On a
+    GPU it is fused: otherwise the step itself takes 4 more bytes a parameter."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},

@@ -34,8 +34,8 @@ COUNTS_MEMORY = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU's allocator ke
 
 @pytest.mark.parametrize("dtype, gap", [("float32", 1e-4), ("bfloat16", 0.15)])
 def test_sampler_and_trainer_agree(tokenizer, problems, dtype, gap):
-    """Other kernels run for one token with a cache than for a whole sequence: their log-probs must not part. In
-    bfloat16 a CPU's differ by up to 0.04; a position, a mask or a head that is wrong gives differences of 1."""
+    """Other kernels run for one token with a cache than for a whole sequence: their log-probs must not part.
+    In bfloat16 a CPU's differ by up to 0.04; a wrong position, mask or head gives differences of 1."""
     model = make_tiny(vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, context=512).to(DEVICE)
     prompts = [rollout.render_prompt(tokenizer, p) for p in problems]
     with torch.autocast(DEVICE, torch.bfloat16, dtype == "bfloat16", cache_enabled=False), torch.no_grad():
@@ -62,8 +62,8 @@ def test_the_gradient_is_a_cpus(rollouts, tokens_a_chunk, monkeypatch):
 @COUNTS_MEMORY
 @pytest.mark.parametrize("stage", [sft, rlvr, opsd], ids=lambda stage: stage.__name__)
 def test_memory_is_as_computed(stage):
-    """The figure of tests/bench/memory.py, for a second step of two micro-batches. The head is Qwen3-8B's: three
-    copies of it instead of one and a half would be 3.7 GB more than 17."""
+    """The figure of tests/bench/memory.py, for a second step of two micro-batches. The head is Qwen3-8B's:
+    three copies of it instead of one and a half would be 3.7 GB more than 17."""
     config = Qwen3Config(vocab_size=151_936, hidden_size=4096, intermediate_size=1024, num_hidden_layers=1,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)  # fmt: skip
     gc.collect()
@@ -100,24 +100,27 @@ def test_a_step_of_adamw_takes_no_memory(stage):
 
 @COUNTS_MEMORY
 def test_a_full_gpu_says_what_to_lower(tmp_path):
-    """CUDA's own out-of-memory error, not a stand-in: one line, exit status 2. The process may use a thousandth of
-    the memory, which is full at the first steps."""
+    """CUDA's own out-of-memory error, not a stand-in: one line, exit status 2. The process may use a
+    thousandth of the memory, which is full at the first steps."""
+    flags = "--steps 2 --batch-size 128 --micro-batch-size 128 --eval-problems 8 --out run"
     code = ("import sys, torch; torch.cuda.set_per_process_memory_fraction(0.001); import sft; "
-        "sys.argv[1:] = '--steps 2 --batch-size 128 --micro-batch-size 128 --eval-problems 8 --out run'.split(); "
-        "sft.main()")
+        f"sys.argv[1:] = '{flags}'.split(); sft.main()")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out of memory on cuda")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: out of memory on cuda")
 
 
 def test_the_chain(tmp_path):
-    """Every stage in bfloat16 with gradient checkpointing, each stopped after a step and resumed; then the table. An
-    untrained model gets no answer right, so a reward that likes short responses stands in."""
+    """Every stage in bfloat16 with gradient checkpointing, each stopped after a step and resumed; then the
+    table. An untrained model gets no answer right, so a reward that likes short responses stands in."""
     (tmp_path / "my_rewards.py").write_text("def score(response, gold): return 1 / (1 + len(response))\n")
-    tiny = f"--steps 2 --batch-size 8 --eval-problems 8 --max-new-tokens 128 --device {DEVICE} --dtype bfloat16".split()
+    tiny = "--steps 2 --batch-size 8 --eval-problems 8 --max-new-tokens 128 --dtype bfloat16 --device".split()
+    tiny.append(DEVICE)
 
     def run(script, *flags):
-        done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, ROOT / script, *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
@@ -125,9 +128,11 @@ def test_the_chain(tmp_path):
             ("opsd", ["--init", "ckpt/rlvr"])]:  # fmt: skip
         run(f"{stage}.py", *flags, "--gradient-checkpointing", "--stop-after", "1", *tiny)
         run(f"{stage}.py", "--resume", "--out", f"ckpt/{stage}")
-        rows = [json.loads(line) for line in (tmp_path / "ckpt" / stage / "metrics.jsonl").read_text().splitlines()]
+        log = (tmp_path / "ckpt" / stage / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in log.splitlines()]
         trained = [row for row in rows if "grad_norm" in row]
         assert len(trained) == 2 and all(row["grad_norm"] > 0 for row in trained), stage
         assert all(row.get("kl/sample_train", 0) < 0.01 for row in rows), stage
-    said = run("eval.py", "ckpt/sft", "ckpt/opsd", "--problems", "8", "--max-new-tokens", "24", "--device", DEVICE)
+    flags = ["--problems", "8", "--max-new-tokens", "24", "--device", DEVICE]
+    said = run("eval.py", "ckpt/sft", "ckpt/opsd", *flags)
     assert said.count("ckpt/opsd") == 2

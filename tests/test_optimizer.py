@@ -156,8 +156,8 @@ def test_what_is_not_finite_ends_the_run(stage, loss, gradient, fails_with):
 @EVERY_STAGE
 @pytest.mark.parametrize("device, fused", [("cpu", False), ("cuda", True)])
 def test_adamw_is_fused_on_a_gpu(stage, device, fused):
-    """AdamW's default on CUDA makes a tensor for each parameter within step(): 4 bytes more for each, 33 GB for 8B.
-    Tensors without data stand in for a GPU's. On a CPU nothing changes: fused rounds otherwise there."""
+    """AdamW's default on CUDA makes a tensor for each parameter within step(): 4 bytes a number, 33 GB for
+    8B. Tensors without data stand in for a GPU's. On a CPU it stays as it was: fused rounds otherwise."""
     with FakeTensorMode():
         model = torch.nn.ParameterList([torch.empty(1, 1, device=device), torch.empty(1, device=device)])
         groups = stage.make_optimizer(model, flags()).param_groups
@@ -166,8 +166,8 @@ def test_adamw_is_fused_on_a_gpu(stage, device, fused):
 
 @pytest.mark.parametrize("saved_fused, fused", [(True, False), (False, True), (None, True)])
 def test_a_run_that_changes_its_device_changes_its_adamw(tmp_path, saved_fused, fused):
-    """--device is free on --resume. The optimizer's state says `fused`, too, as on the device it was saved on; None
-    is what runs saved before there was the flag."""
+    """--device is free on --resume. The optimizer's state says `fused`, too, as where it was saved; None is
+    what runs saved before there was the flag."""
     model = TwoNumbers()
     saved = torch.optim.AdamW(model.parameters(), lr=0.1, fused=saved_fused)
     model.set_gradients(1.0, 1.0)

@@ -1,12 +1,12 @@
-"""Tokens per second of sampling and of training, the share of the device's peak, and memory: a GPU's benchmark.
+"""Tokens per second of sampling and of training, share of the device's peak, memory: a GPU's benchmark.
 
     python tests/bench/bench_model.py --size 0.6B                  # Qwen3's shape, random weights, bfloat16
     python tests/bench/bench_model.py --size tiny --device cpu     # the same code in a few seconds
 
 Model FLOPs: 2 a parameter and token forward, 6 with the backward pass, attention and recomputation not
-counted; the share of the peak (MFU) is against --peak TFLOP/s (default 989, an H100's in bfloat16). Each is run
-once to warm up, then timed. Training is a step of sft.py in two micro-batches: gradients, then AdamW. Its peak
-of memory is printed beside what memory.py computes for these micro-batches.
+counted; the share of the peak (MFU) is against --peak TFLOP/s (default 989, an H100's in bfloat16). Each is
+run once to warm up, then timed. Training is a step of sft.py in two micro-batches: gradients, then AdamW. Its
+peak of memory is printed beside what memory.py computes for these micro-batches.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def measure(args):
     config = make_config(args.size)
     with device:
         model = Qwen3ForCausalLM(config).eval()
-    model.generation_config.eos_token_id = config.vocab_size  # no token: all responses get as long as they may
+    model.generation_config.eos_token_id = config.vocab_size  # no token: no response ends early
     model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in model.parameters())
     at_peak = args.peak * 1e12 / parameters  # tokens/s, if a token took one FLOP a parameter

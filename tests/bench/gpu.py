@@ -20,6 +20,7 @@ from results import write  # noqa: E402
 
 JSON = HERE / "gpu.json"
 NOT_RUN = "**Not run on a GPU yet.**"
+STAGES = ("sft", "rlvr", "opsd")
 RUN, SPEED, CHAIN = "GPU: the run", "GPU: speed and memory", "GPU: the tiny chain"
 SMOLLM2, TRAINING = "SmolLM2 on GSM8K", "SmolLM2 on GSM8K, in training"
 
@@ -51,7 +52,7 @@ def collect_run(folder):
         "tokens_per_second": mean(steps, "perf/tok_s"),
         "reward_first_5": mean(steps[:5], "reward/mean"),
         "reward_last_5": mean(steps[-5:], "reward/mean"),
-        "groups_with_signal": 1 - mean(steps, "reward/frac_zero_std") if "reward/mean" in steps[0] else None,
+        "groups_without_signal": mean(steps, "reward/frac_zero_std"),
         "kl_first_5": mean(steps[:5], "distill/kl"),
         "kl_last_5": mean(steps[-5:], "distill/kl"),
         "kept": mean(steps, "distill/kept_frac"),
@@ -66,16 +67,15 @@ def collect(folder):
 
     log = folder / "tests.log"
     lines = log.read_text().strip().splitlines() if log.is_file() else []
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     seen = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": versions,
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "tests": lines[-1].strip("= ") if lines else None,
         "speed": [read(path) for path in sorted(folder.glob("speed-*.json"))],
     }
     for name in ("chain", "smollm2"):
         judged = read(folder / f"{name}-eval.json")
-        seen[name] = {stage: collect_run(folder / f"{name}-{stage}") for stage in ("sft", "rlvr", "opsd")}
+        seen[name] = {stage: collect_run(folder / f"{name}-{stage}") for stage in STAGES}
         seen[name]["checkpoints"] = judged["checkpoints"] if judged else None
     return seen
 
@@ -95,13 +95,14 @@ def run_table(seen):
 
 
 def speed_table(seen):
-    lines = ["| Qwen3 | sampling, tokens/s | MFU | training, tokens/s | MFU | training, peak GB | computed, GB |",
-        "|---" * 7 + "|"]
+    lines = ["| Qwen3 | sampling, tokens/s | MFU | training, tokens/s | MFU | training, peak GB "
+        "| computed, GB |", "|---" * 7 + "|"]
     for row in seen["speed"]:
         peak = row["training_peak_bytes"]
-        lines.append(f"| {row['size']} | {row['sampling_tokens_per_second']:,.0f} | {row['sampling_mfu']:.1%} "
-            f"| {row['training_tokens_per_second']:,.0f} | {row['training_mfu']:.1%} "
-            f"| {shown(peak and peak / 1e9, '.1f')} | {row['training_computed_bytes'] / 1e9:.1f} |")
+        cells = [row["size"], f"{row['sampling_tokens_per_second']:,.0f}", f"{row['sampling_mfu']:.1%}",
+            f"{row['training_tokens_per_second']:,.0f}", f"{row['training_mfu']:.1%}",
+            shown(peak and peak / 1e9, ".1f"), f"{row['training_computed_bytes'] / 1e9:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -109,34 +110,40 @@ def judged_table(checkpoints):
     """What eval.py found: accuracy in %, length in tokens, changes against the row above."""
     if not checkpoints:
         return "Not judged yet."
-    lines = ["| checkpoint | accuracy, % | change, points (95 %) | length | change, % (95 %) | truncated, % | pass@k, % |",
-        "|---" * 7 + "|"]
+    lines = ["| checkpoint | accuracy, % | change, points (95 %) | length | change, % (95 %) | truncated, % "
+        "| pass@k, % |", "|---" * 7 + "|"]
     for row in checkpoints:
-        changes = []
-        for name in ("accuracy_change", "length_change"):
-            low_high = [100 * bound for bound in row.get(f"{name}_ci95", [])]
-            changes.append(f"{100 * row[name]:+.1f} ({low_high[0]:+.1f} to {low_high[1]:+.1f})" if low_high else "")
-        lines.append(f"| {Path(row['checkpoint']).name} | {100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f} "
-            f"| {changes[0]} | {row['length']:.1f} | {changes[1]} | {100 * row['truncated']:.1f} "
-            f"| {100 * row['pass_at_k']:.1f} (k = {row['k']}) |")
+        accuracy, error = 100 * row["accuracy"], 100 * row["accuracy_se"]
+        lines.append(f"| {Path(row['checkpoint']).name} | {accuracy:.1f} ± {error:.1f} "
+            f"| {change(row, 'accuracy_change')} | {row['length']:.1f} | {change(row, 'length_change')} "
+            f"| {100 * row['truncated']:.1f} | {100 * row['pass_at_k']:.1f} (k = {row['k']}) |")
     return "\n".join(lines)
+
+
+def change(row, name):
+    """A change in points or %, with its interval; "" in the first row, which has none."""
+    if name not in row:
+        return ""
+    low, high = (100 * bound for bound in row[f"{name}_ci95"])
+    return f"{100 * row[name]:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def training_table(runs):
     """How fast each stage was, and its own measure at both ends."""
-    if not any(runs[stage] for stage in ("sft", "rlvr", "opsd")):
+    if not any(runs[stage] for stage in STAGES):
         return "Not trained yet."
-    lines = ["| stage | steps | minutes | tokens/s | reward, first 5 steps | last 5 | groups with signal, % "
-        "| KL, first 5 steps | last 5 | kept, % | kl/sample_train |", "|---" * 11 + "|"]
-    for stage in ("sft", "rlvr", "opsd"):
+    lines = ["| stage | steps | minutes | tokens/s | reward, first 5 steps | last 5 "
+        "| groups without signal, % | KL, first 5 steps | last 5 | kept, % | kl/sample_train |", "|---" * 11 + "|"]
+    for stage in STAGES:
         run = runs[stage]
         if run is None:
             continue
-        signal, kept = (run[key] and 100 * run[key] for key in ("groups_with_signal", "kept"))
-        lines.append(f"| {stage} | {run['steps']} | {run['seconds'] / 60:.1f} | {shown(run['tokens_per_second'], ',.0f')} "
-            f"| {shown(run['reward_first_5'], '.3f')} | {shown(run['reward_last_5'], '.3f')} | {shown(signal, '.0f')} "
-            f"| {shown(run['kl_first_5'], '.4f')} | {shown(run['kl_last_5'], '.4f')} | {shown(kept, '.0f')} "
-            f"| {shown(run['kl_sample_train'], '.1e')} |")
+        uniform, kept = (run[key] and 100 * run[key] for key in ("groups_without_signal", "kept"))
+        cells = [stage, run["steps"], f"{run['seconds'] / 60:.1f}", shown(run["tokens_per_second"], ",.0f"),
+            shown(run["reward_first_5"], ".3f"), shown(run["reward_last_5"], ".3f"), shown(uniform, ".0f"),
+            shown(run["kl_first_5"], ".4f"), shown(run["kl_last_5"], ".4f"), shown(kept, ".0f"),
+            shown(run["kl_sample_train"], ".1e")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -159,7 +166,8 @@ def experiment_tables(seen):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--collect", metavar="FOLDER", type=Path, help="gpu.sh's folder: read it into --json")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=JSON, help="default: tests/bench/gpu.json")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=JSON,
+        help="default: tests/bench/gpu.json")
     parser.add_argument("--write", action="store_true", help="write the tables into the two pages")
     args = parser.parse_args()
     if args.collect:

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors, at each operation: on a CPU the peak that CUDA's allocator would report."""
+"""Counts the bytes of live tensors at each operation: on a CPU the peak that CUDA would report."""
 
 import weakref
 

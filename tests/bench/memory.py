@@ -9,20 +9,20 @@ L layers, vocabulary V. Bytes:
     second model    4 a parameter: opsd.py's teacher, rlvr.py's reference with --kl-coef
     layer inputs    4 n H L: what gradient checkpointing keeps
     then the larger of two, which follow one another in the backward pass:
-    one layer       computed again: n (34 H + 11 I + 10 (query heads + key heads) head size), and its weights in
-                    bfloat16
-    head            the hidden states around it, 24 n H; and the larger of two again: 6 V H (the gradient of one
-                    chunk in bfloat16 and in fp32), or 2 V H (the weights in bfloat16) and the logits of a chunk
-                    in fp32, 3 times (sft, rlvr) or 6 times (opsd)
+    one layer       computed again: n (34 H + 11 I + 10 (query heads + key heads) head size), and its weights
+                    in bfloat16
+    head            the hidden states around it, 24 n H; and the larger of two again: 6 V H (the gradient of
+                    one chunk in bfloat16 and in fp32), or 2 V H (the weights in bfloat16) and the logits of a
+                    chunk in fp32, 3 times (sft, rlvr) or 6 times (opsd)
 
-tests/bench/test_bench.py compares this with the live tensors of a real step, counted on a CPU. Not counted: what
-CUDA itself takes (1 to 3 GB) and what the allocator cannot use.
+tests/bench/test_bench.py compares this with the live tensors of a real step, counted on a CPU. Not counted:
+what CUDA itself takes (1 to 3 GB) and what the allocator cannot use.
 
 While a stage samples there are no gradients and no activations. Keys and values of one token: 2 (one key, one
 value) x L x key heads x head size x 2 bytes.
 
-A checkpoint on disk: 4 bytes of weight and 8 of AdamW's moments a parameter. A save writes the new one beside the
-old one, so for a moment there are two.
+A checkpoint on disk: 4 bytes of weight and 8 of AdamW's moments a parameter. A save writes the new one beside
+the old one, so for a moment there are two.
 """
 
 import argparse

