@@ -292,12 +292,13 @@ def update_teacher(step, teacher, student, args):
 
 
 def make_optimizer(model, args):
-    """AdamW. Weight decay is for matrices: on the gain of a norm it would pull 1 towards 0."""
+    """AdamW. Weight decay is for matrices: on the gain of a norm it would pull 1 towards 0. On a
+    GPU it is fused: otherwise the step itself takes 4 more bytes a parameter."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=matrices[0].is_cuda)
 
 
 def optimizer_step(step, model, optimizer, loss, args):

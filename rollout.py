@@ -29,7 +29,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -682,7 +682,8 @@ def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0,
 # --------------------------------------------------------------------------------------------------
 # What the losses share
 
-MAX_LOGITS = 2**24  # logits that exist at once (64 MB in fp32); tokens a chunk: this / vocabulary
+MAX_LOGITS = 2**24  # logits of a chunk (64 MB in fp32); tokens of a chunk: this / vocabulary
+GPU_CHUNK = 8  # times as many on a GPU, where each chunk's pass over the whole head costs most
 
 
 def collate(prompts, responses, device="cpu"):
@@ -723,10 +724,18 @@ def response_hidden_states(model, input_ids, response_mask):
 
 def in_chunks(function, vocab_size, *tensors):
     """Calls `function` on chunks of rows and concatenates what it returns, a tuple of tensors. The
-    backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes."""
-    size = max(1, MAX_LOGITS // vocab_size)
-    chunks = zip(*[tensor.split(size) for tensor in tensors])  # the first rows of each, the next
-    results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes.
+
+    tensors[0] is the hidden states. Each chunk's backward pass adds its gradient of the head to
+    .grad (use_reentrant). Otherwise autograd sums them up first, in three copies of the head.
+    """
+    rows = max(1, MAX_LOGITS * (GPU_CHUNK if tensors[0].is_cuda else 1) // vocab_size)
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    if torch.is_grad_enabled():
+        function = partial(checkpoint, function, use_reentrant=True, preserve_rng_state=False)
+    chunks = zip(*[tensor.split(rows) for tensor in tensors])  # the first rows of each, the next
+    results = [function(*chunk) for chunk in chunks]
     return tuple(torch.cat(parts) for parts in zip(*results))
 
 
@@ -930,6 +939,8 @@ def start_run(args, optimizer):
         return {"step": 0, "cursor": 0}
     try:
         state = torch.load(out / "trainer_state.pt", map_location="cpu")
+        for group in state["optimizer"]["param_groups"]:  # --device may have changed
+            group["fused"] = optimizer.defaults["fused"]
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:  # of many types, one for each way to be damaged
         fail(f"{out / 'trainer_state.pt'}: damaged ({reason(error)}): restore it from a copy, or "

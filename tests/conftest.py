@@ -36,7 +36,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    cuda, vllm = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
+    cuda = torch.cuda.is_available() or "TEST_DEVICE" in os.environ  # tests/test_gpu.py can be rehearsed on a CPU
+    vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
         if "gpu" in item.keywords and not cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -4,15 +4,18 @@ They stand in all three stages, so that each can be read alone. A fault planted 
 """
 
 import copy
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import opsd
 import rlvr
+import rollout
 import sft
 
 EVERY_STAGE = pytest.mark.parametrize("stage", [sft, rlvr, opsd], ids=lambda stage: stage.__name__)
@@ -148,3 +151,33 @@ def test_what_is_not_finite_ends_the_run(stage, loss, gradient, fails_with):
     model.set_gradients(gradient, 1.0)
     fails_with(lambda: stage.optimizer_step(7, model, optimizer, loss, args), "step 7", "not finite")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@EVERY_STAGE
+@pytest.mark.parametrize("device, fused", [("cpu", False), ("cuda", True)])
+def test_adamw_is_fused_on_a_gpu(stage, device, fused):
+    """AdamW's default on CUDA makes a tensor for each parameter within step(): 4 bytes a number, 33 GB for
+    8B. Tensors without data stand in for a GPU's. On a CPU it stays as it was: fused rounds otherwise."""
+    with FakeTensorMode():
+        model = torch.nn.ParameterList([torch.empty(1, 1, device=device), torch.empty(1, device=device)])
+        groups = stage.make_optimizer(model, flags()).param_groups
+    assert [bool(group["fused"]) for group in groups] == [fused, fused]
+
+
+@pytest.mark.parametrize("saved_fused, fused", [(True, False), (False, True), (None, True)])
+def test_a_run_that_changes_its_device_changes_its_adamw(tmp_path, saved_fused, fused):
+    """--device is free on --resume. The optimizer's state says `fused`, too, as where it was saved; None is
+    what runs saved before there was the flag."""
+    model = TwoNumbers()
+    saved = torch.optim.AdamW(model.parameters(), lr=0.1, fused=saved_fused)
+    model.set_gradients(1.0, 1.0)
+    saved.step()
+    torch.save({"step": 1, "optimizer": saved.state_dict()}, tmp_path / "trainer_state.pt")
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / log).write_text(json.dumps({"step": 1}) + "\n")
+    resumed = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    rollout.start_run(SimpleNamespace(out=tmp_path, resume=True), resumed)
+    assert resumed.param_groups[0]["fused"] is fused
+    model.set_gradients(3.0, 3.0)
+    resumed.step()
+    assert resumed.state[model.matrix]["step"] == 2

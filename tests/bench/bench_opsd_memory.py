@@ -1,11 +1,13 @@
 """How much memory does OPSD's loss take, forward and backward, in chunks and the plain way?
 
-    python tests/bench/bench_opsd_memory.py    # a minute or two; on a CPU the plain way takes about 9 GB
+    python tests/bench/bench_opsd_memory.py                              # Qwen3-0.6B's head: 11 GB
+    python tests/bench/bench_opsd_memory.py --hidden 4096 --tokens 512   # Qwen3-8B's: 11 GB
 
 At a real vocabulary, Qwen3's 151,936. The plain way makes the logits of all tokens, (T, V) for
 student and teacher, and differentiates through them. Each way runs in a process of its own, which
-reports how far its peak rose above what it held before the loss, and writes loss and gradients to a
-file, so that it can be seen that both computed the same.
+reports how far its peak rose above what it held before the loss: weights, and the head's gradient
+of an earlier micro-batch. It writes loss and gradients to a file, so that it can be seen that both
+computed the same.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def get_args():
     add = parser.add_argument
     add("--vocab", type=int, default=151_936)
     add("--tokens", type=int, default=2048)
-    add("--hidden", type=int, default=256)
+    add("--hidden", type=int, default=1024)
     add("--divergence", default="reverse", choices=["reverse", "forward", "jsd", "split"])
     add("--device", default=device)
     add("--way", choices=["chunked", "plain"], help=argparse.SUPPRESS)  # in a child process
@@ -51,6 +53,8 @@ def measure(args):
     student_head = torch.nn.Linear(args.hidden, args.vocab, bias=False, device=args.device)
     teacher_head = torch.nn.Linear(args.hidden, args.vocab, bias=False, device=args.device)
     teacher_head.requires_grad_(False)
+    # Filled, since a system gives memory that is only reserved at its first use.
+    student_head.weight.grad = torch.empty_like(student_head.weight).fill_(0)
     student_hidden = torch.randn(args.tokens, args.hidden, device=args.device, requires_grad=True)
     teacher_hidden = torch.randn(args.tokens, args.hidden, device=args.device)
     is_correct = torch.arange(args.tokens, device=args.device) % 3 > 0
@@ -79,8 +83,8 @@ def main():
     if args.way:
         return measure(args)
     print(f"V = {args.vocab:,}, T = {args.tokens:,}, H = {args.hidden}, {args.divergence}, "
-        f"{args.device}; a (T, V) tensor: {gigabytes(args.tokens, args.vocab)}; the head's "
-        f"gradient, in both figures: {gigabytes(args.vocab, args.hidden)}")
+        f"{args.device}; logits (T, V): {gigabytes(args.tokens, args.vocab)}; the head (V, H): "
+        f"{gigabytes(args.vocab, args.hidden)}")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for way in ("chunked", "plain"):

@@ -1,10 +1,28 @@
 """How much GPU memory does a stage take? Computed from a model's shape: python tests/bench/memory.py
 
-Per parameter: fp32 weight 4 bytes, gradient 4, AdamW's two moments 8; a frozen second model (opsd.py's
-teacher, rlvr.py's reference with --kl-coef) 4 more. Activations with --gradient-checkpointing: a layer's fp32
-input for each token of a micro-batch, and one layer's inside while it is computed again. Logits: four chunks
-of rollout.MAX_LOGITS floats. Keys and values of a token in bfloat16. Allocator waste and CUDA itself (1 to 3
-GB) are not counted.
+With --dtype bfloat16 --gradient-checkpointing, n tokens in a micro-batch, hidden size H, intermediate size I,
+L layers, vocabulary V. Bytes:
+
+    weights         4 a parameter (fp32)
+    gradients       4 a parameter
+    AdamW           8 a parameter: two moments; fused, it takes nothing more in its step
+    second model    4 a parameter: opsd.py's teacher, rlvr.py's reference with --kl-coef
+    layer inputs    4 n H L: what gradient checkpointing keeps
+    then the larger of two, which follow one another in the backward pass:
+    one layer       computed again: n (34 H + 11 I + 10 (query heads + key heads) head size), and its weights
+                    in bfloat16
+    head            the hidden states around it, 24 n H; and the larger of two again: 6 V H (the gradient of
+                    one chunk in bfloat16 and in fp32), or 2 V H (the weights in bfloat16) and the logits of a
+                    chunk in fp32, 3 times (sft, rlvr) or 6 times (opsd)
+
+tests/bench/test_bench.py compares this with the live tensors of a real step, counted on a CPU. Not counted:
+what CUDA itself takes (1 to 3 GB) and what the allocator cannot use.
+
+While a stage samples there are no gradients and no activations. Keys and values of one token: 2 (one key, one
+value) x L x key heads x head size x 2 bytes.
+
+A checkpoint on disk: 4 bytes of weight and 8 of AdamW's moments a parameter. A save writes the new one beside
+the old one, so for a moment there are two.
 """
 
 import argparse
@@ -16,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from rollout import MAX_LOGITS  # noqa: E402
+from rollout import GPU_CHUNK, MAX_LOGITS  # noqa: E402
 
 SHAPES = {  # Qwen3: hidden, intermediate, layers, heads, tied embeddings
     "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True),
@@ -31,25 +49,60 @@ def make_config(name):
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied)
 
 
+def memory(config, tokens, second_model, chunk_logits=GPU_CHUNK * MAX_LOGITS):
+    """{part: bytes} of a training step in micro-batches of so many tokens; the docstring's formulas."""
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    layer_parameters = sum(p.numel() for p in model.model.layers[0].parameters())
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    head = hidden * vocab
+    chunk = min(tokens * vocab, max(chunk_logits, vocab)) * 4
+    one_layer = tokens * (34 * hidden + 11 * inner + 10 * heads) + 2 * layer_parameters
+    around_head = 24 * tokens * hidden
+    at_head = around_head + max(6 * head, 2 * head + (6 if second_model else 3) * chunk)
+    return {
+        "parameters": parameters,
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "AdamW": 8 * parameters,
+        "second model": 4 * parameters if second_model else 0,
+        "layer inputs": 4 * tokens * hidden * config.num_hidden_layers,
+        "one layer or head": max(one_layer, at_head),
+    }
+
+
+def total(parts):
+    """Bytes of a training step at its peak."""
+    return sum(size for name, size in parts.items() if name != "parameters")
+
+
+def cache_bytes(config):
+    """Bytes of one token's keys and values in bfloat16, in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=8192,
+    parser.add_argument("--tokens", type=int, default=9216,
         help="of a micro-batch, prompts and padding included")
     tokens = parser.parse_args().tokens
     print(f"GB, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
-    print("| Qwen3 | parameters | sft, rlvr | opsd | of which activations and logits "
-        "| KV cache, per 1,000 tokens |")
-    print("|---|---|---|---|---|---|")
-    for name, (hidden, inner, layers, heads, _) in SHAPES.items():
+    print("| Qwen3 | parameters | weights | gradients | AdamW | layer inputs | one layer or head (opsd) "
+        "| sft, rlvr: in all | second model | opsd: in all | KV cache, 1,000 tokens | on disk |")
+    print("|---" * 12 + "|")
+    for name in SHAPES:
         if name == "tiny":
             continue
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in Qwen3ForCausalLM(make_config(name)).parameters())
-        inside = tokens * (6 * hidden + 4 * inner + 2 * (heads + 16) * 128) * 4
-        working = tokens * hidden * layers * 4 + inside + 4 * MAX_LOGITS * 4
-        cache = 1000 * 2 * layers * 8 * 128 * 2
-        print(f"| {name} | {parameters / 1e9:.2f} B | {(16 * parameters + working) / GB:.0f} | "
-            f"{(20 * parameters + working) / GB:.0f} | {working / GB:.1f} | {cache / GB:.2f} |")
+        config = make_config(name)
+        one, two = memory(config, tokens, False), memory(config, tokens, True)
+        gb = {part: f"{size / GB:.1f}" for part, size in one.items()}
+        print(f"| {name} | {one['parameters'] / 1e9:.2f} B | {gb['weights']} | {gb['gradients']} "
+            f"| {gb['AdamW']} | {gb['layer inputs']} "
+            f"| {gb['one layer or head']} ({two['one layer or head'] / GB:.1f}) | {total(one) / GB:.0f} "
+            f"| {two['second model'] / GB:.1f} | {total(two) / GB:.0f} "
+            f"| {1000 * cache_bytes(config) / GB:.2f} | {12 * one['parameters'] / GB:.0f} |")
 
 
 if __name__ == "__main__":
