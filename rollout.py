@@ -65,7 +65,7 @@ def reason(error):
 # Problems: the built-in arithmetic world
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     problem: str  # what the model is asked
     answer: str  # the gold answer, which verify.py compares with
@@ -103,23 +103,23 @@ DAPO_WORDS = re.compile(r"^Solve the following math problem step by step\.[^\n]*
 
 
 def read_jsonl(path):
-    """The objects of a file with one to a line. Blank lines are skipped."""
-    rows = []
-    try:
-        for number, line in enumerate(open(path, encoding="utf-8", newline="\n"), 1):
-            if line.strip():
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    fail(f"{path}:{number}: not a JSON object")
-    except json.JSONDecodeError as error:
-        fail(f"{path}:{number}: not JSON ({error.msg})")
-    except UnicodeDecodeError as error:
-        fail(f"{path}: not UTF-8 text ({error.reason})")
-    return rows
+    """Yields the objects of a file with one to a line. Blank lines are skipped."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        fail(f"{path}:{number}: not a JSON object")
+                    yield row
+        except json.JSONDecodeError as error:
+            fail(f"{path}:{number}: not JSON ({error.msg})")
+        except UnicodeDecodeError as error:
+            fail(f"{path}: not UTF-8 text ({error.reason})")
 
 
 def read_dataset(data):
-    """`name`, `name:config` or `name:config:split` of the hub or of a local folder -> its rows."""
+    """Yields the rows of `name`, `name:config` or `name:config:split`, of the hub or a folder."""
     name, config, split = [*data.split(":", 2), "", ""][:3]
     if name.endswith(".jsonl") or name.startswith((".", "/")) and not Path(name).exists():
         fail(f"--data {data}: no such file or folder")
@@ -137,25 +137,31 @@ def read_dataset(data):
     except Exception as error:  # of many types: no package, no network, no such configuration
         fail(f"--data {data}: {reason(error)} (give a .jsonl file, a folder, name, name:config or "
             "name:config:split; or `arithmetic`, which is built in)")
-    return list(loaded)
+    for batch in loaded.iter(batch_size=100):  # ten times as fast as row by row
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
 
 
-def find_columns(data, present, columns=""):
-    """--columns `problem=Question,answer=Gold` and the columns present -> their names by field."""
-    given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
-    for field, name in given.items():
-        if field not in COLUMNS or name not in present:
-            fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
-                f"{data} has: {sorted(present)}")
+def find_columns(present, given):
+    """The columns present, and those of --columns by field -> for each field, where it may be."""
     names = {}
     for field, usual in COLUMNS.items():
         found = [name for word in usual for name in present if name.lower() == word]
         names[field] = [given[field]] if field in given else found
+    return names
+
+
+def require_columns(data, present, given):
+    """Refuses --columns that the data lacks, and data whose columns have other names than usual."""
+    for field, name in given.items():
+        if field not in COLUMNS or name not in present:
+            fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
+                f"{data} has: {sorted(present)}")
+    names = find_columns(present, given)
     if not names["problem"] or not names["answer"] + names["solution"]:
         lacks = "answer" if names["problem"] else "problem"
         fail(f"--data {data}: no column for the {lacks} in {sorted(present)}; name it, as in "
             "--columns problem=Question,answer=Gold,solution=Steps")
-    return names
 
 
 def first_filled(row, names, roles=()):
@@ -192,23 +198,37 @@ def to_problem(row, names):
 
 
 def read_problems(data, columns=""):
-    """All usable problems of a .jsonl file or a data set. Other rows are counted, and reported."""
+    """All usable problems of a .jsonl file or a data set, each once. Rows are read one by one, so
+    millions that repeat some thousands need little memory. Other rows are counted, and reported."""
+    given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
     rows = read_jsonl(data) if Path(data).is_file() else read_dataset(data)
-    if not rows:
+    present, names = {}, find_columns({}, given)
+    problems = {}  # and `present`: dicts as sets that keep their order
+    count = no_problem = no_answer = repeated = first_bad = 0
+    for count, row in enumerate(rows, 1):
+        if not row.keys() <= present.keys():  # it has a column that no row before it had
+            present |= dict.fromkeys(row)
+            names = find_columns(present, given)
+        problem = to_problem(row, names)
+        if not problem.problem:
+            no_problem += 1
+        elif not problem.answer:
+            no_answer += 1
+        elif problem in problems:
+            repeated += 1
+        else:
+            problems[problem] = None
+        if no_problem + no_answer and not first_bad:
+            first_bad = count
+    if not count:
         fail(f"--data {data}: empty")
-    names = find_columns(data, {name: None for row in rows for name in row}, columns)
-    problems = [to_problem(row, names) for row in rows]
-    bad = [i for i, p in enumerate(problems, 1) if not p.problem or not p.answer]
-    if bad:
-        lacking = sum(not problems[i - 1].problem for i in bad)
-        print(f"data: {data}: {len(bad)} of {len(rows)} rows are left out, {lacking} without a "
-            f"problem, {len(bad) - lacking} without an answer; the first is row {bad[0]}")
-    usable = [p for p in problems if p.problem and p.answer]
-    distinct = list({(p.problem, p.answer, p.solution): p for p in usable}.values())
-    if len(distinct) < len(usable):
-        print(f"data: {data}: {len(usable) - len(distinct)} of {len(rows)} rows repeat another row "
-            "and are left out")
-    return distinct
+    require_columns(data, present, given)
+    if first_bad:
+        print(f"data: {data}: {no_problem + no_answer} of {count} rows are left out, {no_problem} "
+            f"without a problem, {no_answer} without an answer; the first is row {first_bad}")
+    if repeated:
+        print(f"data: {data}: {repeated} of {count} rows repeat another row and are left out")
+    return list(problems)
 
 
 def load_problems(data, columns=""):
