@@ -94,8 +94,9 @@ def test_rows_are_streamed_and_repeated_ones_are_not_kept(form, write_jsonl, tmp
 
 def test_columns_of_later_rows(write_jsonl, fails_with):
     """Rows are read one by one: a column that the first of them lack is found all the same."""
-    rows = ["{}", {"level": 3}, {"problem": "1+1?", "answer": "2"}, {"A": "4", "Q": "2+2?", "answer": "5"}]
-    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2")]
+    rows = ["{}", {"level": 3}, {"problem": "1+1?", "answer": "2"}, {"A": "4", "Q": "2+2?", "answer": "5"},
+        {"question": "3+3?", "final_answer": "6"}]  # fmt: skip
+    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2"), Problem("3+3?", "6")]
     assert read_problems(write_jsonl(rows), "problem=Q,answer=A") == [Problem("2+2?", "4")]
     fails_with(lambda: read_problems(write_jsonl(["{}"])), "no column for the problem in []")
 
