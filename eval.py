@@ -27,6 +27,7 @@ import shutil
 import sys
 import textwrap
 import time
+from bisect import bisect_left
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
@@ -174,12 +175,15 @@ def length(rollout):
     return len(rollout.response_ids)
 
 
-def thinking_length(response_ids, tokenizer):
-    """Tokens up to and including </think>; all if it is never closed, 0 if nothing was opened."""
-    think, closed = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    if closed is not None and closed != tokenizer.unk_token_id and closed in response_ids:
-        return response_ids.index(closed) + 1
-    return len(response_ids) if think in response_ids[:2] else 0
+def thinking_length(rollout, tokenizer):
+    """Tokens of a labelled rollout's thinking, up to and with the last </think>. All if it does not
+    end, as verify.py reads it; 0 without any. A tag may be several tokens."""
+    def closings(count):
+        return tokenizer.decode(rollout.response_ids[:count]).count("</think>")
+
+    if "<think>" in rollout.text.rpartition("</think>")[2]:
+        return length(rollout)
+    return bisect_left(range(length(rollout) + 1), closings(length(rollout)), key=closings)
 
 
 def evaluate_checkpoint(path, sampler, problems, args):
@@ -192,7 +196,7 @@ def evaluate_checkpoint(path, sampler, problems, args):
     for first in range(0, len(rollouts), args.n):
         group = rollouts[first : first + args.n]
         correct = sum(r.label == "correct" for r in group)
-        thinking = sum(thinking_length(r.response_ids, sampler.tokenizer) for r in group)
+        thinking = sum(thinking_length(r, sampler.tokenizer) for r in group)
         finished = [r.text for r in group if r.finished]
         measured.append({
             "accuracy": correct / args.n,

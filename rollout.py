@@ -29,6 +29,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -288,6 +289,29 @@ PRIVILEGED = {  # between the problem and the instruction in the teacher's promp
 }
 
 
+DATE = datetime(2025, 1, 1)  # what a chat template that asks for the date is told, on every day
+
+
+def apply_template(tokenizer, content, thinking):
+    """What the user says -> prompt ids, by the model's own chat template.
+
+    Llama 3's, SmolLM3's and gpt-oss's write the day's date into the prompt, by strftime_now. They
+    get DATE, so that a run, its --resume on the next day, and eval.py all see the same prompts.
+    R1-Distill's and QwQ's open `<think>` whatever is asked. Without thinking it is closed at once.
+    """
+    prompt_ids = tokenizer.apply_chat_template([{"role": "user", "content": content}],
+        add_generation_prompt=True, enable_thinking=thinking, thinking=thinking,  # both names occur
+        strftime_now=DATE.strftime, return_dict=False)
+    if not thinking and opened_thinking(tokenizer.decode(prompt_ids)):
+        prompt_ids = prompt_ids + tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    return prompt_ids
+
+
+def opened_thinking(prompt):
+    """The `<think>` that ends a prompt's text, with the blanks after it; "" where none does."""
+    return re.search(r"(<think>\s*)?\Z", prompt)[0]
+
+
 def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
     """Problem -> prompt ids, by the model's own chat template.
 
@@ -296,9 +320,7 @@ def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True
     opened on one side only, student and teacher would speak of different tokens.
     """
     shown = PRIVILEGED[context].format(privileged) if context else ""
-    message = {"role": "user", "content": problem.problem + shown + INSTRUCTION}
-    return tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
+    return apply_template(tokenizer, problem.problem + shown + INSTRUCTION, thinking)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,7 +425,7 @@ class Rollout:
     finished: bool  # False: cut off at max_new_tokens
     problem: Problem | None = None  # label_rollouts fills in this and the next three
     prompt: str = ""
-    text: str = ""
+    text: str = ""  # the response, its thinking tags included, also one that the prompt opened
     label: str = ""  # correct | incorrect | truncated
     reward: float = 0.0  # rlvr.py fills in these three
     advantage: float = 0.0
@@ -658,12 +680,17 @@ def label_rollouts(rollouts, problems, tokenizer):
     """Fills in problem, text, label of Rollouts grouped by problem, as `generate` returns them."""
     group_size, rest = divmod(len(rollouts), len(problems))
     assert rest == 0, f"{len(rollouts)} rollouts of {len(problems)} problems"
+    # Special tokens are left out of the text, but not thinking's: verify.py must see whether it
+    # ended. So must it where the prompt opened it.
+    left_out = {i for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in ("<think>", "</think>")}
     for i, rollout in enumerate(rollouts):
         rollout.problem = problems[i // group_size]
         if i % group_size == 0:
             prompt = tokenizer.decode(rollout.prompt_ids)  # once for a group
         rollout.prompt = prompt
-        rollout.text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        shown = [i for i in rollout.response_ids if i not in left_out]
+        rollout.text = opened_thinking(prompt) + tokenizer.decode(shown)
         rollout.label = "truncated"
     finished = [rollout for rollout in rollouts if rollout.finished]
     verdicts = verify_batch([r.text for r in finished], [r.problem.answer for r in finished])

@@ -1,6 +1,8 @@
 """From a data set's rows to prompts: what is read, what is left out, and what the model sees."""
 
+import copy
 import json
+import re
 import sys
 import tracemalloc
 
@@ -177,28 +179,50 @@ def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys, tokenizer, tmp_pat
 # ------------------------------------------------------------------------------------------------------------
 # Chat templates
 
-OPENS_THINK = ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    "{% if add_generation_prompt %}>><think>\n{% endif %}")
-
-
-def test_both_prompts_end_in_the_templates_suffix(tokenizer):
+def test_both_prompts_end_in_the_templates_suffix(thinker):
     """A template that opens <think> must open it for the teacher too, or the two never meet."""
-    problem, own_template = Problem("1+1?", "2", "It is 2."), tokenizer.chat_template
-    try:
-        for template, ending in ((own_template, "<|assistant|>"), (OPENS_THINK, ">><think>\n")):
-            tokenizer.chat_template = template
-            for shown in ((), ("solution", "It is 2."), ("answer", "2"), ("concise",)):
-                assert tokenizer.decode(render_prompt(tokenizer, problem, *shown)).endswith(ending)
-    finally:
-        tokenizer.chat_template = own_template
+    problem = Problem("1+1?", "2", "It is 2.")
+    for shown in ((), ("solution", "It is 2."), ("answer", "2"), ("concise",)):
+        prompt = thinker.decode(render_prompt(thinker, problem, *shown))
+        assert prompt.endswith("<|assistant|>" + thinker.opens)
+        assert rollout.opened_thinking(prompt) == thinker.opens
 
 
-def test_no_thinking(tokenizer):
-    """--no-thinking is said to the template, and both prompts show it."""
+def test_no_thinking(thinker):
+    """--no-thinking is said to the template, and both prompts show it. A template that opens <think> all the same would
+    have the model think: there it is closed."""
     problem = Problem("1+1?", "2", "It is 2.")
     for shown in ((), ("solution", "It is 2.")):
-        text = tokenizer.decode(render_prompt(tokenizer, problem, *shown, thinking=False))
-        assert text.endswith("<|assistant|><think></think>")
+        text = thinker.decode(render_prompt(thinker, problem, *shown, thinking=False))
+        closed = "<think>\n\n</think>\n\n" if thinker.opens else "<think></think>"
+        assert text.endswith("<|assistant|>" + closed) and rollout.opened_thinking(text) == ""
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_either_name_of_thinking_is_told(thinker, name):
+    """Qwen3 and SmolLM3 ask for enable_thinking, DeepSeek V3.1 and Granite 3 for thinking."""
+    template = "{{ messages[0].content }}{% if " + name + " %}<think>{% else %}</think>{% endif %}"
+    other = copy.deepcopy(thinker)
+    other.chat_template = template
+    for thinking, ending in ((True, "<think>"), (False, "</think>")):
+        assert other.decode(render_prompt(other, Problem("1+1?", "2"), thinking=thinking)).endswith("." + ending)
+
+
+STAMPED = {
+    "SmolLM3": "{% set today = strftime_now('%d %B %Y') %}Today: {{ today }}",
+    "Llama 3": "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today Date: {{ date_string }}",
+    "gpt-oss": "{% macro build() %}Current date: {{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ build() }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", STAMPED.values(), ids=STAMPED)
+def test_a_template_that_stamps_the_date_gets_the_same_on_every_day(tokenizer, template):
+    """Prompts of a run and of its --resume on the next day differed: another run than the one left alone."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template + " {{ messages[0].content }}"
+    text = other.decode(render_prompt(other, Problem("1+1?", "2")))
+    assert re.search("(01 January 2025|01 Jan 2025|2025-01-01) 1[+]1[?]", text), text
 
 
 def test_a_base_model_gets_a_template(tokenizer, tmp_path):
@@ -227,6 +251,8 @@ def test_a_demonstration_that_is_whole_stays_as_it_is():
     assert sft.render_response("1+1 is 2.", "2") == "<think>1+1 is 2.</think>\\boxed{2}"
     assert sft.render_response("1+1 is 2.", "2", think=False) == "1+1 is 2. \\boxed{2}"
     assert sft.render_response("So \\boxed{2}.", "2", think=False) == "So \\boxed{2}."
+    assert sft.render_response(whole, "2", think=False) == "So \\boxed{2}."  # what it says after its thinking
+    assert sft.render_response("<think>Hm.</think>Two.", "2", think=False) == "Two. \\boxed{2}"
 
 
 def test_fitting(capsys, fails_with):

@@ -86,16 +86,26 @@ def test_a_paired_change_by_hand():
     assert evaluation.paired_change(before, before, seed=0)["length_change_ci95"] == [0, 0]
 
 
-def test_thinking_length(tokenizer):
-    """Measured by the last character, or in characters, shorter thinking hides behind a longer answer."""
-    ids = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    length = lambda text: evaluation.thinking_length(ids(text), tokenizer)  # noqa: E731
-    assert length("<think></think>\\boxed{1}") == 2
+def test_thinking_length(thinker):
+    """Measured by the last character, or in characters, shorter thinking hides behind a longer answer. What the prompt
+    opened, and what verify.py finds no answer after, is thinking here as well."""
+
+    def ids(text):
+        text = text.removeprefix("<think>") if thinker.opens else text
+        return thinker.encode(text, add_special_tokens=False)
+
+    def length(text, thinking=True):
+        prompt = render_prompt(thinker, Problem("a", "3"), thinking=thinking)
+        said = Rollout(prompt, ids(text), [-1.0] * len(ids(text)), finished=False)
+        return evaluation.thinking_length(label_rollouts([said], [Problem("a", "3")], thinker)[0], thinker)
+
+    assert length("<think></think>\\boxed{1}") == len(ids("<think></think>"))
     assert length("<think>1+2=3.</think>\\boxed{3}") == len(ids("<think>1+2=3.</think>"))
     assert length("<think>1+2=") == len(ids("<think>1+2="))  # cut off while thinking
-    assert length("\\boxed{3}") == 0
-    assert length("1+2=3.</think>\\boxed{3}") == len(ids("1+2=3.</think>"))  # opened by the prompt's template
-    assert length("</think>a</think>") == 1
+    assert length("<think>a</think>b<think>c") == len(ids("<think>a</think>b<think>c"))  # it does not end
+    assert length("<think>a</think>b</think>\\boxed{1}") == len(ids("<think>a</think>b</think>"))
+    assert length("\\boxed{3}", thinking=False) == 0
+    assert length("1+2=3.</think>\\boxed{3}") == len(ids("1+2=3.</think>"))
 
 
 def test_the_figures_of_a_checkpoint_by_hand(tokenizer, monkeypatch):
