@@ -174,6 +174,7 @@ def test_a_template_that_opens_thinking_is_not_opened_twice(thinker, args_of, wr
     prompt, response = thinker.decode(example.prompt_ids), thinker.decode(example.response_ids)
     assert prompt == thinker.decode(rollout.render_prompt(thinker, rollout.Problem("1+1?", "2", solution)))
     assert response.endswith("1+1=2.</think>\\boxed{2}<|end|>")
+    assert not thinker.opens or response.startswith("1+1=2.")
     assert (prompt + response).count("<think>") == (1 if thinker.opens or not solution.startswith("1+1=2.<") else 0)
     assert response.startswith("<think>") == (not thinker.opens and not solution.startswith("1+1=2.<"))
     assert len(example.prompt_ids + example.response_ids) <= sft.demonstration_length(
