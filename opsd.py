@@ -378,7 +378,7 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(student, args)
-    state = start_run(args, optimizer)
+    state = start_run(args, student, tokenizer, optimizer)
     state.setdefault("skipped", 0)  # steps in which nothing was kept
     state.setdefault("short", 0)  # steps in which --match-budget was not met
 

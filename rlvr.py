@@ -305,7 +305,7 @@ def run(args):
     if args.kl_coef:
         reference, _ = load_model(args.init, args.device, args.attn_implementation)
     optimizer = make_optimizer(model, args)
-    state = start_run(args, optimizer)
+    state = start_run(args, model, tokenizer, optimizer)
     sampler = make_sampler(model, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:

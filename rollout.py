@@ -26,7 +26,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import zlib
 from dataclasses import dataclass
 from datetime import datetime
@@ -876,8 +875,10 @@ def read_json(path):
 
 def trained_with(init):
     """The data, columns and thinking of --init, as its args.json says; or the built-in world's."""
-    recover_checkpoint(init or "")
-    saved = read_json(Path(init, "args.json")) if init else {}
+    saved = {}
+    if init:
+        recover_checkpoint(init)
+        saved = read_json(Path(init, "args.json"))
     return {"data": "arithmetic", "columns": "", "thinking": True, **saved}
 
 
@@ -885,7 +886,7 @@ def parse_args(parser):
     """The flags; with --resume the saved ones, with which any given must agree."""
     parser.error = fail  # one line, without the usage
     args = parser.parse_args()
-    out = Path(args.out)  # without the slash that a shell may leave at its end
+    out = Path(args.out)
     out = out.resolve() if out.is_symlink() else out
     recover_checkpoint(out)
     if args.resume:
@@ -966,13 +967,15 @@ def run_in(out, args):
             "--resume from the last save, if there is one")
 
 
-def start_run(args, optimizer):
+def start_run(args, model, tokenizer, optimizer):
     """Makes the folder anew. Or, with --resume, fills the optimizer and cuts the logs to the last
-    save -> the state to go on from: step, cursor, and what a stage adds."""
+    save -> the state to go on from: step, cursor, and what a stage adds. Tries to save."""
     out = Path(args.out)
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+    save_checkpoint(args, model, tokenizer, optimizer, {}, trial=True)
+    if not args.resume:
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
         return {"step": 0, "cursor": 0}
     try:
@@ -1004,39 +1007,50 @@ def log_samples(args, step, kind, rollouts):
     append_jsonl(Path(args.out, "samples.jsonl"), rows)
 
 
-def save_checkpoint(args, model, tokenizer, optimizer, state):
-    """Written beside, then renamed: whatever ends it, one whole checkpoint is left."""
-    out, new, old = Path(args.out), Path(f"{args.out}.new"), Path(f"{args.out}.old")
-    shutil.rmtree(new, ignore_errors=True)
+def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
+    """Written into OUT/save.part, which is renamed to save.whole; then its files replace those of
+    the last save, and nothing else in OUT. Whatever ends it, one whole checkpoint is left.
+
+    trial: before the first step, all that could fail after the last. Big tensors are left out, with
+    a look at the room for them, and nothing is replaced.
+    """
+    out, part = Path(args.out), Path(args.out, "save.part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        (new / "args.json").write_text(json.dumps(vars(args), indent=1))
-        torch.save({**state, "optimizer": optimizer.state_dict()}, new / "trainer_state.pt")
-        for path in out.iterdir():  # the logs, and whatever else somebody keeps there
-            if not (new / path.name).exists():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.copytree(path, new / path.name, symlinks=True)
-                else:
-                    shutil.copy2(path, new / path.name, follow_symlinks=False)
+        if trial:
+            at_once = 1 if args.resume or args.save_every >= args.steps else 2  # the last, the next
+            needed = at_once * 3 * sum(p.nbytes for p in model.parameters())  # with two moments
+            if needed > (free := shutil.disk_usage(out).free):
+                raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
+        model.save_pretrained(part, state_dict={} if trial else None)
+        tokenizer.save_pretrained(part)
+        (part / "args.json").write_text(json.dumps(vars(args), indent=1))
+        state = {} if trial else {**state, "optimizer": optimizer.state_dict()}
+        torch.save(state, part / "trainer_state.pt")
     except Exception as error:  # of many types: each library has its own for a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        fail(f"{new}: step {state['step']} cannot be saved: {reason(error)}; mend that (is "
-            f"the disk full?), then --resume; {out} still holds the last save, if there was one")
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old)
+        shutil.rmtree(part, ignore_errors=True)
+        fail(f"{out}: no checkpoint can be saved: {reason(error)}; mend that (is the disk full?), "
+            "then start again, with --resume if there was a save before")
+    if trial:
+        shutil.rmtree(part)
+    else:
+        part.rename(out / "save.whole")
+        recover_checkpoint(out)
 
 
 def recover_checkpoint(path):
-    """A save ends with PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the two renames."""
-    path = Path(path)  # before .old is added: a slash at its end goes
-    old = Path(f"{path}.old")
-    if old.exists() and not path.exists():
-        time.sleep(1)  # a run that is alive needs less from one to the other
-        if not path.exists():
-            old.rename(path)
+    """The end of a save, also of one that was killed here: PATH/save.whole's files -> PATH."""
+    whole = Path(path, "save.whole")
+    for file in sorted(whole.rglob("*"), reverse=True):  # what a folder holds, then the folder
+        with contextlib.suppress(FileNotFoundError):  # a run that is alive moves them, too
+            target = Path(path, file.relative_to(whole))
+            if file.is_dir():
+                file.rmdir()
+            else:
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+    with contextlib.suppress(OSError):
+        whole.rmdir()
 
 
 class Interrupt:

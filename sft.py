@@ -302,7 +302,7 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
-    state = start_run(args, optimizer)
+    state = start_run(args, model, tokenizer, optimizer)
     sampler = make_sampler(model, tokenizer, heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
