@@ -299,12 +299,16 @@ def test_two_may_end_a_save(tmp_path, monkeypatch):
 
     def replace_twice(path, target):  # the other one is always a little faster
         replace(path, target)
+        if len(os.listdir(whole)) == 0:  # it was the last: the other one saves again
+            (whole / "trainer_state.pt").write_text("new trainer_state.pt")
         return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", replace_twice)
-    rollout.recover_checkpoint(f"{tmp_path}/")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_twice)
+        rollout.recover_checkpoint(f"{tmp_path}/")
+    rollout.recover_checkpoint(tmp_path)
     found = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
-    assert len(found) == 3 and all(text == f"new {name}" for name, text in found.items()) and not whole.exists()
+    assert len(found) == 4 and all(text == f"new {name}" for name, text in found.items()) and not whole.exists()
 
 
 def test_logs_are_rewritten_in_one_piece(base, monkeypatch):
