@@ -299,7 +299,7 @@ def test_two_may_end_a_save(tmp_path, monkeypatch):
 
     def replace_twice(path, target):  # the other one is always a little faster
         replace(path, target)
-        if len(os.listdir(whole)) == 0:  # it was the last: the other one saves again
+        if not any(file.is_file() for file in whole.rglob("*")):  # it was the last: the other one saves again
             (whole / "trainer_state.pt").write_text("new trainer_state.pt")
         return replace(path, target)
 
