@@ -410,6 +410,14 @@ def fitting(problems, model, new_tokens, prompt_length):
     return kept
 
 
+def fitting_prompts(problems, model, tokenizer, args):
+    """The problems that can be sampled from. All stages and eval.py measure on the same."""
+    def prompt_length(problem):
+        return len(render_prompt(tokenizer, problem, thinking=args.thinking))
+
+    return fitting(problems, model, args.max_new_tokens, prompt_length)
+
+
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -859,7 +867,8 @@ def add_run_flags(parser):
         help="keep no activations, compute them again in the backward pass: less memory, slower")
     add("--sampler", choices=["hf", "vllm"], default="hf",
         help="what samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
-    add("--vllm-memory", type=share, default=0.35, help="share of the GPU's memory for vLLM")
+    add("--vllm-memory", type=number(0.01, 1), default=0.35,
+        help="share of the GPU's memory for vLLM")
     add("--resume", action="store_true", help="go on from --out, with its own flags")
     add("--stop-after", type=positive, help="save and stop after so many steps")
     add("--overwrite", action="store_true", help="delete what --out holds and start anew")
@@ -901,6 +910,8 @@ def parse_args(parser):
         if path and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
+    if args.columns and args.data in (None, "arithmetic"):
+        fail("--columns are those of a --data: give that, too")
     require_device(args.device)
     args.out = str(out)
     saved = trained_with(args.init)
@@ -997,6 +1008,17 @@ def start_run(args, model, tokenizer, optimizer):
     return state
 
 
+def load_initial(args, state):
+    """The model of --init: a reference, or a teacher. It is not saved, so --resume loads it again,
+    and refuses another one than the run began with."""
+    model, _ = load_model(args.init, args.device, args.attn_implementation)
+    some = [weight.flatten()[0].item() for weight in model.parameters()]  # training changes these
+    if state.setdefault("init", some) != some:
+        fail(f"--resume: {args.init} is not the model that this run began with: restore that one, "
+            "or start anew")
+    return model
+
+
 def append_jsonl(path, rows):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1089,6 +1111,7 @@ def main():
     add("--columns", default="", help="as in the stages")
     add("--init", default="ckpt/sft", help="whose tokenizer and chat template")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
+    parser.error = fail
     args = parser.parse_args()
     builtin = args.data == "arithmetic"
     problems = load_problems(args.data)[0] if builtin else read_problems(args.data, args.columns)

@@ -33,10 +33,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rollout import APPLY, INSTRUCTION, PRIVILEGED, Formatter, Interrupt, add_run_flags
-from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting, load_model
-from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
-from rollout import opened_thinking, parse_args, positive, render_prompt, require_solutions, run_in
-from rollout import save_checkpoint, sequence_length, share, start_run, summarize, token_log_probs
+from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting
+from rollout import fitting_prompts, load_model, load_problems, log_samples, make_sampler
+from rollout import micro_batches, not_negative, number, opened_thinking, parse_args, positive
+from rollout import render_prompt, require_solutions, run_in, save_checkpoint, sequence_length
+from rollout import share, start_run, summarize, token_log_probs
 
 
 def get_args():
@@ -298,7 +299,7 @@ def run(args):
         return demonstration_length(tokenizer, problem, args)
 
     train = fitting(train, model, 0, total_length)
-    heldout = fitting(heldout, model, 0, total_length)
+    heldout = fitting_prompts(heldout, model, tokenizer, args)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)

@@ -470,7 +470,18 @@ REFUSED = {
     "--curves c.pdf": "--curves c.pdf",
     "--example --html nowhere/p.html": "--html nowhere/p.html",
     "--json .": "--json .: must name a file",
+    "--json /proc/x": "--json /proc/x: must name a file that can be written",
+    "--samples /proc/x": "--samples /proc/x: must name a file that can be written",
 }
+
+
+def test_trying_a_file_leaves_it_as_it_was(base, monkeypatch):
+    """A result of yesterday is there until there is another; a new file is not there before."""
+    Path("old.json").write_text("yesterday's")
+    flags = ["--json", "old.json", "--samples", "new.jsonl"]
+    monkeypatch.setattr("sys.argv", ["eval.py", str(base / "sft"), *flags])
+    evaluation.get_args()
+    assert Path("old.json").read_text() == "yesterday's" and not Path("new.jsonl").exists()
 
 
 @pytest.mark.parametrize("flags, says", REFUSED.items())

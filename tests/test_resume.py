@@ -92,6 +92,22 @@ def test_a_stop_at_the_last_step_is_the_end(base, luck, name):
     assert status == 0 and "next: python" in out.splitlines()[-1] and "stopped" not in out
 
 
+@pytest.mark.parametrize("name", ["rlvr-kl", "opsd"])
+def test_init_is_another_model_on_resume(base, luck, name):
+    """The frozen teacher and the reference are loaded from --init again. If another run has written there since, the
+    rest of this run would learn from another teacher, without a word."""
+    stage = STAGES[name][0]
+    shutil.copytree(base / "sft", "init")
+    flags = ["--init", "init", *flags_of(base, name, "out")[2:]]
+    assert run_stage(stage, *flags, "--stop-after 2")[0] == 0
+    assert run_stage(sft, *flags_of(base, "sft", "init", steps=1), "--overwrite")[0] == 0  # one step, other weights
+    status, _, err = run_stage(stage, "--resume --out out")
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: --resume: init is not the model that"), err
+    shutil.rmtree("init")
+    shutil.copytree(base / "sft", "init")
+    assert run_stage(stage, "--resume --out out")[0] == 0
+
+
 def test_flags_may_be_repeated_on_resume(base):
     """--resume with the flags of the first call, all of them, is no contradiction."""
     flags = flags_of(base, "sft", "out", steps=2)
