@@ -985,9 +985,9 @@ def start_run(args, model, tokenizer, optimizer):
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     save_checkpoint(args, model, tokenizer, optimizer, {}, trial=True)
     if not args.resume:
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
         return {"step": 0, "cursor": 0}
     try:
         state = torch.load(out / "trainer_state.pt", map_location="cpu")
@@ -1052,7 +1052,7 @@ def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
     except Exception as error:  # of many types: each library has its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         fail(f"{out}: no checkpoint can be saved: {reason(error)}; mend that (is the disk full?), "
-            "then start again, with --resume if there was a save before")
+            "then --resume goes on from the last save; if there is none, start with --overwrite")
     if trial:
         shutil.rmtree(part)
     else:
