@@ -151,13 +151,12 @@ def find_columns(present, given):
     return names
 
 
-def require_columns(data, present, given):
+def require_columns(data, present, given, names):
     """Refuses --columns that the data lacks, and data whose columns have other names than usual."""
     for field, name in given.items():
         if field not in COLUMNS or name not in present:
             fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
                 f"{data} has: {sorted(present)}")
-    names = find_columns(present, given)
     if not names["problem"] or not names["answer"] + names["solution"]:
         lacks = "answer" if names["problem"] else "problem"
         fail(f"--data {data}: no column for the {lacks} in {sorted(present)}; name it, as in "
@@ -198,35 +197,31 @@ def to_problem(row, names):
 
 
 def read_problems(data, columns=""):
-    """All usable problems of a .jsonl file or a data set, each once. Rows are read one by one, so
-    millions that repeat some thousands need little memory. Other rows are counted, and reported."""
+    """All usable problems of a .jsonl file or a data set, each once. Other rows are counted, and
+    reported. Rows are read one by one: millions that repeat some thousands need little memory."""
     given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
     rows = read_jsonl(data) if Path(data).is_file() else read_dataset(data)
-    present, names = {}, find_columns({}, given)
-    problems = {}  # and `present`: dicts as sets that keep their order
-    count = no_problem = no_answer = repeated = first_bad = 0
+    present, names, problems = {}, find_columns({}, given), {}  # the dicts are sets in order
+    count, no_problem, no_answer = 0, [], []  # the lists are the numbers of rows that lack one
     for count, row in enumerate(rows, 1):
         if not row.keys() <= present.keys():  # it has a column that no row before it had
             present |= dict.fromkeys(row)
             names = find_columns(present, given)
         problem = to_problem(row, names)
         if not problem.problem:
-            no_problem += 1
+            no_problem.append(count)
         elif not problem.answer:
-            no_answer += 1
-        elif problem in problems:
-            repeated += 1
+            no_answer.append(count)
         else:
             problems[problem] = None
-        if no_problem + no_answer and not first_bad:
-            first_bad = count
     if not count:
         fail(f"--data {data}: empty")
-    require_columns(data, present, given)
-    if first_bad:
-        print(f"data: {data}: {no_problem + no_answer} of {count} rows are left out, {no_problem} "
-            f"without a problem, {no_answer} without an answer; the first is row {first_bad}")
-    if repeated:
+    require_columns(data, present, given, names)
+    bad = no_problem + no_answer
+    if bad:
+        print(f"data: {data}: {len(bad)} of {count} rows are left out, {len(no_problem)} without a "
+            f"problem, {len(no_answer)} without an answer; the first is row {min(bad)}")
+    if repeated := count - len(bad) - len(problems):
         print(f"data: {data}: {repeated} of {count} rows repeat another row and are left out")
     return list(problems)
 
@@ -281,14 +276,12 @@ def permutation(n, seed, epoch):
 # Prompts
 
 INSTRUCTION = "\nReason step by step; put the answer in \\boxed{}."
+DATE = datetime(2025, 1, 1)  # what a chat template that asks for the date is told, on every day
 PRIVILEGED = {  # between the problem and the instruction in the teacher's prompt, by --context
     "solution": "\nA correct solution: {}\nSolve the problem yourself, without needless steps.",
     "answer": "\nThe correct answer: {}\nSolve the problem yourself, without needless steps.",
     "concise": "\nSolve the problem without needless steps.",
 }
-
-
-DATE = datetime(2025, 1, 1)  # what a chat template that asks for the date is told, on every day
 
 
 def apply_template(tokenizer, content, thinking):
@@ -687,8 +680,8 @@ def label_rollouts(rollouts, problems, tokenizer):
     """Fills in problem, text, label of Rollouts grouped by problem, as `generate` returns them."""
     group_size, rest = divmod(len(rollouts), len(problems))
     assert rest == 0, f"{len(rollouts)} rollouts of {len(problems)} problems"
-    # Special tokens are left out of the text, but not thinking's: verify.py must see whether it
-    # ended. So must it where the prompt opened it.
+    # Special tokens are left out of a text. Not so thinking's tags, and one that the prompt opened
+    # is added: verify.py must see whether the thinking ends.
     left_out = {i for i, token in tokenizer.added_tokens_decoder.items()
         if token.special and token.content not in ("<think>", "</think>")}
     for i, rollout in enumerate(rollouts):
@@ -1009,8 +1002,8 @@ def start_run(args, model, tokenizer, optimizer):
 
 
 def load_initial(args, state):
-    """The model of --init: a reference, or a teacher. It is not saved, so --resume loads it again,
-    and refuses another one than the run began with."""
+    """The model of --init, as a reference or a teacher. It is not saved: --resume loads it again,
+    and refuses another than the run began with."""
     model, _ = load_model(args.init, args.device, args.attn_implementation)
     some = [weight.flatten()[0].item() for weight in model.parameters()]  # training changes these
     if state.setdefault("init", some) != some:
@@ -1031,10 +1024,10 @@ def log_samples(args, step, kind, rollouts):
 
 def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
     """Written into OUT/save.part, which is renamed to save.whole; then its files replace those of
-    the last save, and nothing else in OUT. Whatever ends it, one whole checkpoint is left.
+    the last save, and no other file of OUT. Whatever ends it, one whole checkpoint is left.
 
-    trial: before the first step, all that could fail after the last. Big tensors are left out, with
-    a look at the room for them, and nothing is replaced.
+    trial: all that could fail, before the first step. Big tensors are only compared with the room
+    there is for them, and nothing is replaced.
     """
     out, part = Path(args.out), Path(args.out, "save.part")
     shutil.rmtree(part, ignore_errors=True)
