@@ -1037,6 +1037,7 @@ def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
             needed = at_once * 3 * sum(p.nbytes for p in model.parameters())  # with two moments
             if needed > (free := shutil.disk_usage(out).free):
                 raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
+        part.mkdir()  # a file in its way is no error to transformers
         model.save_pretrained(part, state_dict={} if trial else None)
         tokenizer.save_pretrained(part)
         (part / "args.json").write_text(json.dumps(vars(args), indent=1))

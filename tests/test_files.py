@@ -101,6 +101,13 @@ def test_a_disk_too_small_for_a_save(base, flags, saves, monkeypatch):
     assert run_stage(sft, "--resume --out out")[0] == 0
 
 
+def test_a_file_in_the_way_of_a_save(base):
+    """transformers logs such an error and goes on, as if it had saved."""
+    assert run_stage(sft, *small(base, sft), "--stop-after 1")[0] == 0
+    Path("out/save.part").write_text("mine")
+    refused(sft, "--resume --out out", says=["out: no checkpoint can be saved: FileExistsError", "save.part"])
+
+
 def test_a_trial_writes_no_weights(base, monkeypatch):
     """Those of an 8B model are 33 GB, with its optimizer 98."""
     model, tokenizer = rollout.load_model(str(base / "sft"))

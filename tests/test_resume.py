@@ -284,7 +284,7 @@ def die_at(patch, point):
         Path(path).write_bytes(b"PK\3\4 half a state")
 
     def save_no_weights(model, folder):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         Path(folder, "config.json").write_text("{}")
 
     for owner, name, half in [
