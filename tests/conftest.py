@@ -151,7 +151,7 @@ def tokenizer():
 
 OPENS_THINK = sft.CHAT_TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think>\n{%").replace(
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", "")
-THINKERS = {  # as other models have it: what the tags are, and whether the template opens <think> whatever is asked
+THINKERS = {  # as other models have it: what the tags are, and whether the template always opens <think>
     "added": "tokens of their own", "opened": "the same, opened: R1-Distill, QwQ, Qwen3-Thinking",
     "special": "special tokens", "special, opened": "the same, opened", "spelled": "several tokens each",
     "spelled, opened": "the same, opened"}  # fmt: skip

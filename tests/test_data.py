@@ -75,10 +75,13 @@ def test_several_solutions_of_a_problem_are_kept(write_jsonl):
 
 @pytest.mark.parametrize("form", ["jsonl", "arrow"])
 def test_rows_are_streamed_and_repeated_ones_are_not_kept(form, write_jsonl, tmp_path, capsys):
-    """DAPO-Math-17k is 1.79 M rows of 17,000 problems: as a list of rows 6.4 GB and 110 s at each start. Here 20,000
-    rows of 200 problems: as a list over 20 MB."""
-    rows = [{"prompt": [{"role": "user", "content": DAPO.format(f"{i % 200}+1?")}], "extra": {"index": i},
-        "reward_model": {"ground_truth": str(i % 200 + 1), "style": "rule"}} for i in range(20_000)]  # fmt: skip
+    """DAPO-Math-17k is 1.79 M rows of 17,000 problems: as a list of rows 6.4 GB and 110 s at each start. Here
+    20,000 rows of 200 problems: as a list over 20 MB."""
+    rows = []
+    for i in range(20_000):
+        n = i % 200
+        rows.append({"prompt": [{"role": "user", "content": DAPO.format(f"{n}+1?")}], "extra": {"index": i},
+            "reward_model": {"ground_truth": str(n + 1), "style": "rule"}})  # fmt: skip
     path = write_jsonl(rows)
     if form == "arrow":
         pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
@@ -189,8 +192,8 @@ def test_both_prompts_end_in_the_templates_suffix(thinker):
 
 
 def test_no_thinking(thinker):
-    """--no-thinking is said to the template, and both prompts show it. A template that opens <think> all the same would
-    have the model think: there it is closed."""
+    """--no-thinking is said to the template, and both prompts show it. A template that opens <think> all the
+    same would have the model think: there it is closed."""
     problem = Problem("1+1?", "2", "It is 2.")
     for shown in ((), ("solution", "It is 2.")):
         text = thinker.decode(render_prompt(thinker, problem, *shown, thinking=False))
@@ -205,13 +208,14 @@ def test_either_name_of_thinking_is_told(thinker, name):
     other = copy.deepcopy(thinker)
     other.chat_template = template
     for thinking, ending in ((True, "<think>"), (False, "</think>")):
-        assert other.decode(render_prompt(other, Problem("1+1?", "2"), thinking=thinking)).endswith("." + ending)
+        prompt = other.decode(render_prompt(other, Problem("1+1?", "2"), thinking=thinking))
+        assert prompt.endswith("." + ending)
 
 
 STAMPED = {
     "SmolLM3": "{% set today = strftime_now('%d %B %Y') %}Today: {{ today }}",
-    "Llama 3": "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "Today Date: {{ date_string }}",
+    "Llama 3": "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}Today Date: {{ date_string }}",
     "gpt-oss": "{% macro build() %}Current date: {{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ build() }}",
 }  # fmt: skip
 

@@ -87,8 +87,8 @@ def test_a_paired_change_by_hand():
 
 
 def test_thinking_length(thinker):
-    """Measured by the last character, or in characters, shorter thinking hides behind a longer answer. What the prompt
-    opened, and what verify.py finds no answer after, is thinking here as well."""
+    """Measured by the last character, or in characters, shorter thinking hides behind a longer answer. What
+    the prompt opened, and what verify.py finds no answer after, is thinking here as well."""
 
     def ids(text):
         text = text.removeprefix("<think>") if thinker.opens else text

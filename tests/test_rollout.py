@@ -450,8 +450,8 @@ def said_after(thinker, text):
 
 @pytest.mark.parametrize("text, right", ENDINGS)
 def test_an_answer_in_a_thinking_that_does_not_end_is_none(thinker, text, right):
-    """A box in the thinking was judged where the tags are special tokens, which decoding leaves out, and where the
-    prompt opened the thinking, so that the response alone does not show it."""
+    """A box in the thinking was judged where the tags are special tokens, which decoding leaves out, and
+    where the prompt opened the thinking, so that the response alone does not show it."""
     labelled = rollout.label_rollouts([said_after(thinker, text)], [Problem("a", "3")], thinker)[0]
     assert labelled.label == ("correct" if right else "incorrect")
     assert labelled.text == text.replace("<think>", "<think>\n" if thinker.opens else "<think>", 1)
@@ -461,7 +461,8 @@ def test_without_thinking_a_bare_answer_counts(thinker):
     """--no-thinking closes what the template opens: then the response needs no tag."""
     ids = thinker.encode("\\boxed{3}", add_special_tokens=False) + [thinker.eos_token_id]
     prompt = rollout.render_prompt(thinker, Problem("a", "3"), thinking=False)
-    said = rollout.label_rollouts([Rollout(prompt, ids, [-1.0] * len(ids), True)], [Problem("a", "3")], thinker)[0]
+    said = Rollout(prompt, ids, [-1.0] * len(ids), True)
+    rollout.label_rollouts([said], [Problem("a", "3")], thinker)
     assert (said.label, said.text) == ("correct", "\\boxed{3}")
 
 
