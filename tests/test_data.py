@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 
 import pytest
+from conftest import make_tiny
 from transformers import AutoTokenizer
 
 import rollout
@@ -261,7 +262,7 @@ def test_a_demonstration_that_is_whole_stays_as_it_is():
 
 def test_fitting(capsys, fails_with):
     """Bytes are counted first, tokens only where bytes do not settle it; what does not fit is counted."""
-    model = type("Model", (), {"config": type("Config", (), {"max_position_embeddings": 2000})})
+    model = make_tiny(context=2000)
     problems = [Problem("x" * n, "2", "") for n in (10, 900, 1900)]
     asked = []
 
