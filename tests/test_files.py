@@ -124,7 +124,7 @@ def test_a_trial_writes_no_weights(base, monkeypatch):
     Path("out").mkdir()
     start = time.perf_counter()
     rollout.save_checkpoint(args, model, tokenizer, None, {}, trial=True)
-    assert time.perf_counter() - start < 1  # 0.02 s on an idle machine
+    assert time.perf_counter() - start < 1  # 0.004 s where nothing else runs
     names = {file.name for file in seen}
     assert {"config.json", "generation_config.json", "tokenizer.json", "args.json"} <= names, names
     assert "model.safetensors" not in names and not os.listdir("out")
