@@ -27,19 +27,22 @@ import shutil
 import sys
 import textwrap
 import time
+from bisect import bisect_left
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
-from rollout import check_context, collate, evaluate, fail, load_model, load_problems, make_sampler
-from rollout import not_negative, positive, read_problems, render_prompt, require_checkpoint
-from rollout import require_device, response_hidden_states, sample_row, seed_number, share
-from rollout import trained_with
+from rollout import check_context, collate, evaluate, fail, fitting_prompts, load_model
+from rollout import load_problems, load_tokenizer, make_sampler, not_negative, number, positive
+from rollout import read_problems, reason, render_prompt, require_checkpoint, require_device
+from rollout import response_hidden_states, sample_row, seed_number, trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -68,7 +71,7 @@ def get_args():
     add("--seed", type=seed_number, default=0, help="of sampling and of the bootstrap")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--sampler", choices=["hf", "vllm"], default="hf", help="as in the stages")
-    add("--vllm-memory", type=share, default=0.35, help="as in the stages")
+    add("--vllm-memory", type=number(0.01, 1), default=0.35, help="as in the stages")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --sampler vllm")
     add("--json", metavar="FILE", help="write the figures as json")
     add("--plot", metavar="FILE", help="draw accuracy against length, .svg or .png")
@@ -100,13 +103,20 @@ def check_flags(args):
         path = getattr(args, name)
         if path is None:
             continue
-        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
-            fail(f"--{name} {path}: must name a file in a folder that exists")
+        try:  # now, and not after the evaluation
+            is_new = not Path(path).exists()
+            open(path, "a").close()
+            if is_new:
+                Path(path).unlink()
+        except OSError as error:
+            fail(f"--{name} {path}: must name a file that can be written ({error.strerror})")
         if name in ("plot", "curves") and Path(path).suffix not in (".svg", ".png"):
             fail(f"--{name} {path}: must end in .svg or .png")
         given.append(f"--{name}")
     if args.k > args.n:
         fail(f"--k {args.k}: pass@k needs k responses to each problem; raise --n (now {args.n})")
+    if args.columns and args.data in (None, "arithmetic"):
+        fail("--columns are those of a --data: give that, too")
     if args.train and args.data not in (None, "arithmetic"):
         fail("--train goes with the data of the checkpoints; --data is used whole")
     not_html = [flag for flag in given if flag != "--html"]
@@ -170,16 +180,31 @@ def load_each(args, problems):
         yield path, model, tokenizer, sampler
 
 
+def those_that_fit(problems, args):
+    """The problems that fit every checkpoint's context, so that all are measured on the same."""
+    for path in args.checkpoints:
+        tokenizer = load_tokenizer(path)
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except Exception as error:  # of many types
+            fail(f"{path}: its config.json is not that of a model: {reason(error)}")
+        problems = fitting_prompts(problems, SimpleNamespace(config=config), tokenizer, args)
+    return problems
+
+
 def length(rollout):
     return len(rollout.response_ids)
 
 
-def thinking_length(response_ids, tokenizer):
-    """Tokens up to and including </think>; all if it is never closed, 0 if nothing was opened."""
-    think, closed = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    if closed is not None and closed != tokenizer.unk_token_id and closed in response_ids:
-        return response_ids.index(closed) + 1
-    return len(response_ids) if think in response_ids[:2] else 0
+def thinking_length(rollout, tokenizer):
+    """Tokens of a labelled rollout's thinking, up to and with the last </think>. All if it does not
+    end, as verify.py reads it; 0 without any. A tag may be several tokens."""
+    def closings(count):
+        return tokenizer.decode(rollout.response_ids[:count]).count("</think>")
+
+    if "<think>" in rollout.text.rpartition("</think>")[2]:
+        return length(rollout)
+    return bisect_left(range(length(rollout) + 1), closings(length(rollout)), key=closings)
 
 
 def evaluate_checkpoint(path, sampler, problems, args):
@@ -192,7 +217,7 @@ def evaluate_checkpoint(path, sampler, problems, args):
     for first in range(0, len(rollouts), args.n):
         group = rollouts[first : first + args.n]
         correct = sum(r.label == "correct" for r in group)
-        thinking = sum(thinking_length(r.response_ids, sampler.tokenizer) for r in group)
+        thinking = sum(thinking_length(r, sampler.tokenizer) for r in group)
         finished = [r.text for r in group if r.finished]
         measured.append({
             "accuracy": correct / args.n,
@@ -531,6 +556,7 @@ def main():
         problems, which, limit = read_problems(data, columns), "of all", args.problems
     if not problems:
         fail(f"--data {data}: holds no usable problem")
+    problems = those_that_fit(problems, args)
     if args.example:
         show_example(problems[args.seed % len(problems)], args)
         return

@@ -30,7 +30,6 @@ Logits of a batch would be the run's largest tensors; they exist a chunk of toke
 """
 
 import argparse
-import copy
 import math
 import time
 from pathlib import Path
@@ -39,11 +38,11 @@ import torch
 import torch.nn.functional as F
 
 from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, check_context, collate, draw
-from rollout import evaluate, fail, fitting, in_chunks, k3_kl, label_rollouts, load_model
-from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
-from rollout import parse_args, positive, render_prompt, require_solutions, response_hidden_states
-from rollout import run_in, sampler_log_probs, save_checkpoint, share, start_run, summarize
-from rollout import token_log_probs
+from rollout import evaluate, fail, fitting, fitting_prompts, in_chunks, k3_kl, label_rollouts
+from rollout import load_initial, load_model, load_problems, log_samples, make_sampler
+from rollout import micro_batches, not_negative, number, parse_args, positive, render_prompt
+from rollout import require_solutions, response_hidden_states, run_in, sampler_log_probs
+from rollout import save_checkpoint, share, start_run, summarize, token_log_probs
 from verify import verify_batch
 
 
@@ -375,19 +374,16 @@ def run(args):
         return teacher_prompt_length(tokenizer, problem, args)
 
     train = fitting(train, student, args.max_new_tokens, prompt_length)
-    heldout = fitting(heldout, student, args.max_new_tokens, prompt_length)
+    heldout = fitting_prompts(heldout, student, tokenizer, args)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(student, args)
-    state = start_run(args, optimizer)
+    state = start_run(args, student, tokenizer, optimizer)
     state.setdefault("skipped", 0)  # steps in which nothing was kept
     state.setdefault("short", 0)  # steps in which --match-budget was not met
 
     # The teacher: the weights of step 0, which are those of --init. A teacher that moves is saved.
-    if args.resume:
-        teacher, _ = load_model(args.init, args.device, args.attn_implementation)
-    else:
-        teacher = copy.deepcopy(student)
+    teacher = load_initial(args, state)
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
     teacher.requires_grad_(False)

@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 
 from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate, fail
-from rollout import fitting, k3_kl, label_rollouts, load_model, load_problems, log_samples
-from rollout import make_sampler, micro_batches, not_negative, number, parse_args, positive
-from rollout import render_prompt, run_in, sampler_log_probs, save_checkpoint, share, start_run
-from rollout import summarize, token_log_probs
+from rollout import fitting_prompts, k3_kl, label_rollouts, load_initial, load_model, load_problems
+from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
+from rollout import positive, render_prompt, run_in, sampler_log_probs, save_checkpoint, share
+from rollout import start_run, summarize, token_log_probs
 
 
 def get_args():
@@ -294,19 +294,13 @@ def run(args):
     train, heldout = load_problems(args.data, args.columns)
     model, tokenizer = load_model(args.out if args.resume else args.init, args.device,
         args.attn_implementation, args.gradient_checkpointing)
-
-    def prompt_length(problem):
-        return len(render_prompt(tokenizer, problem, thinking=args.thinking))
-
-    train = fitting(train, model, args.max_new_tokens, prompt_length)
-    heldout = fitting(heldout, model, args.max_new_tokens, prompt_length)
+    train = fitting_prompts(train, model, tokenizer, args)
+    heldout = fitting_prompts(heldout, model, tokenizer, args)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
-    reference = None
-    if args.kl_coef:
-        reference, _ = load_model(args.init, args.device, args.attn_implementation)
     optimizer = make_optimizer(model, args)
-    state = start_run(args, optimizer)
+    state = start_run(args, model, tokenizer, optimizer)
+    reference = load_initial(args, state) if args.kl_coef else None
     sampler = make_sampler(model, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:

@@ -26,9 +26,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import zlib
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def reason(error):
 # Problems: the built-in arithmetic world
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     problem: str  # what the model is asked
     answer: str  # the gold answer, which verify.py compares with
@@ -103,23 +103,23 @@ DAPO_WORDS = re.compile(r"^Solve the following math problem step by step\.[^\n]*
 
 
 def read_jsonl(path):
-    """The objects of a file with one to a line. Blank lines are skipped."""
-    rows = []
-    try:
-        for number, line in enumerate(open(path, encoding="utf-8", newline="\n"), 1):
-            if line.strip():
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    fail(f"{path}:{number}: not a JSON object")
-    except json.JSONDecodeError as error:
-        fail(f"{path}:{number}: not JSON ({error.msg})")
-    except UnicodeDecodeError as error:
-        fail(f"{path}: not UTF-8 text ({error.reason})")
-    return rows
+    """Yields the objects of a file with one to a line. Blank lines are skipped."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        fail(f"{path}:{number}: not a JSON object")
+                    yield row
+        except json.JSONDecodeError as error:
+            fail(f"{path}:{number}: not JSON ({error.msg})")
+        except UnicodeDecodeError as error:
+            fail(f"{path}: not UTF-8 text ({error.reason})")
 
 
 def read_dataset(data):
-    """`name`, `name:config` or `name:config:split` of the hub or of a local folder -> its rows."""
+    """Yields the rows of `name`, `name:config` or `name:config:split`, of the hub or a folder."""
     name, config, split = [*data.split(":", 2), "", ""][:3]
     if name.endswith(".jsonl") or name.startswith((".", "/")) and not Path(name).exists():
         fail(f"--data {data}: no such file or folder")
@@ -137,25 +137,30 @@ def read_dataset(data):
     except Exception as error:  # of many types: no package, no network, no such configuration
         fail(f"--data {data}: {reason(error)} (give a .jsonl file, a folder, name, name:config or "
             "name:config:split; or `arithmetic`, which is built in)")
-    return list(loaded)
+    for batch in loaded.iter(batch_size=100):  # ten times as fast as row by row
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
 
 
-def find_columns(data, present, columns=""):
-    """--columns `problem=Question,answer=Gold` and the columns present -> their names by field."""
-    given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
-    for field, name in given.items():
-        if field not in COLUMNS or name not in present:
-            fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
-                f"{data} has: {sorted(present)}")
+def find_columns(present, given):
+    """The columns present, and those of --columns by field -> for each field, where it may be."""
     names = {}
     for field, usual in COLUMNS.items():
         found = [name for word in usual for name in present if name.lower() == word]
         names[field] = [given[field]] if field in given else found
+    return names
+
+
+def require_columns(data, present, given, names):
+    """Refuses --columns that the data lacks, and data whose columns have other names than usual."""
+    for field, name in given.items():
+        if field not in COLUMNS or name not in present:
+            fail(f"--columns {field}={name}: give problem=, answer= or solution= a column that "
+                f"{data} has: {sorted(present)}")
     if not names["problem"] or not names["answer"] + names["solution"]:
         lacks = "answer" if names["problem"] else "problem"
         fail(f"--data {data}: no column for the {lacks} in {sorted(present)}; name it, as in "
             "--columns problem=Question,answer=Gold,solution=Steps")
-    return names
 
 
 def first_filled(row, names, roles=()):
@@ -192,23 +197,33 @@ def to_problem(row, names):
 
 
 def read_problems(data, columns=""):
-    """All usable problems of a .jsonl file or a data set. Other rows are counted, and reported."""
+    """All usable problems of a .jsonl file or a data set, each once. Other rows are counted, and
+    reported. Rows are read one by one: millions that repeat some thousands need little memory."""
+    given = dict(pair.partition("=")[::2] for pair in columns.split(",") if pair)
     rows = read_jsonl(data) if Path(data).is_file() else read_dataset(data)
-    if not rows:
+    present, names, problems = {}, find_columns({}, given), {}  # the dicts are sets in order
+    count, no_problem, no_answer = 0, [], []  # the lists are the numbers of rows that lack one
+    for count, row in enumerate(rows, 1):
+        if not row.keys() <= present.keys():  # it has a column that no row before it had
+            present |= dict.fromkeys(row)
+            names = find_columns(present, given)
+        problem = to_problem(row, names)
+        if not problem.problem:
+            no_problem.append(count)
+        elif not problem.answer:
+            no_answer.append(count)
+        else:
+            problems[problem] = None
+    if not count:
         fail(f"--data {data}: empty")
-    names = find_columns(data, {name: None for row in rows for name in row}, columns)
-    problems = [to_problem(row, names) for row in rows]
-    bad = [i for i, p in enumerate(problems, 1) if not p.problem or not p.answer]
+    require_columns(data, present, given, names)
+    bad = no_problem + no_answer
     if bad:
-        lacking = sum(not problems[i - 1].problem for i in bad)
-        print(f"data: {data}: {len(bad)} of {len(rows)} rows are left out, {lacking} without a "
-            f"problem, {len(bad) - lacking} without an answer; the first is row {bad[0]}")
-    usable = [p for p in problems if p.problem and p.answer]
-    distinct = list({(p.problem, p.answer, p.solution): p for p in usable}.values())
-    if len(distinct) < len(usable):
-        print(f"data: {data}: {len(usable) - len(distinct)} of {len(rows)} rows repeat another row "
-            "and are left out")
-    return distinct
+        print(f"data: {data}: {len(bad)} of {count} rows are left out, {len(no_problem)} without a "
+            f"problem, {len(no_answer)} without an answer; the first is row {min(bad)}")
+    if repeated := count - len(bad) - len(problems):
+        print(f"data: {data}: {repeated} of {count} rows repeat another row and are left out")
+    return list(problems)
 
 
 def load_problems(data, columns=""):
@@ -261,11 +276,32 @@ def permutation(n, seed, epoch):
 # Prompts
 
 INSTRUCTION = "\nReason step by step; put the answer in \\boxed{}."
+DATE = datetime(2025, 1, 1)  # what a chat template that asks for the date is told, on every day
 PRIVILEGED = {  # between the problem and the instruction in the teacher's prompt, by --context
     "solution": "\nA correct solution: {}\nSolve the problem yourself, without needless steps.",
     "answer": "\nThe correct answer: {}\nSolve the problem yourself, without needless steps.",
     "concise": "\nSolve the problem without needless steps.",
 }
+
+
+def apply_template(tokenizer, content, thinking):
+    """What the user says -> prompt ids, by the model's own chat template.
+
+    Llama 3's, SmolLM3's and gpt-oss's write the day's date into the prompt, by strftime_now. They
+    get DATE, so that a run, its --resume on the next day, and eval.py all see the same prompts.
+    R1-Distill's and QwQ's open `<think>` whatever is asked. Without thinking it is closed at once.
+    """
+    prompt_ids = tokenizer.apply_chat_template([{"role": "user", "content": content}],
+        add_generation_prompt=True, enable_thinking=thinking, thinking=thinking,  # both names occur
+        strftime_now=DATE.strftime, return_dict=False)
+    if not thinking and opened_thinking(tokenizer.decode(prompt_ids)):
+        prompt_ids = prompt_ids + tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    return prompt_ids
+
+
+def opened_thinking(prompt):
+    """The `<think>` that ends a prompt's text, with the blanks after it; "" where none does."""
+    return re.search(r"(<think>\s*)?\Z", prompt)[0]
 
 
 def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
@@ -276,9 +312,7 @@ def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True
     opened on one side only, student and teacher would speak of different tokens.
     """
     shown = PRIVILEGED[context].format(privileged) if context else ""
-    message = {"role": "user", "content": problem.problem + shown + INSTRUCTION}
-    return tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
+    return apply_template(tokenizer, problem.problem + shown + INSTRUCTION, thinking)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,6 +403,14 @@ def fitting(problems, model, new_tokens, prompt_length):
     return kept
 
 
+def fitting_prompts(problems, model, tokenizer, args):
+    """The problems that can be sampled from. All stages and eval.py measure on the same."""
+    def prompt_length(problem):
+        return len(render_prompt(tokenizer, problem, thinking=args.thinking))
+
+    return fitting(problems, model, args.max_new_tokens, prompt_length)
+
+
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -383,7 +425,7 @@ class Rollout:
     finished: bool  # False: cut off at max_new_tokens
     problem: Problem | None = None  # label_rollouts fills in this and the next three
     prompt: str = ""
-    text: str = ""
+    text: str = ""  # the response, its thinking tags included, also one that the prompt opened
     label: str = ""  # correct | incorrect | truncated
     reward: float = 0.0  # rlvr.py fills in these three
     advantage: float = 0.0
@@ -638,12 +680,17 @@ def label_rollouts(rollouts, problems, tokenizer):
     """Fills in problem, text, label of Rollouts grouped by problem, as `generate` returns them."""
     group_size, rest = divmod(len(rollouts), len(problems))
     assert rest == 0, f"{len(rollouts)} rollouts of {len(problems)} problems"
+    # Special tokens are left out of a text. Not so thinking's tags, and one that the prompt opened
+    # is added: verify.py must see whether the thinking ends.
+    left_out = {i for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in ("<think>", "</think>")}
     for i, rollout in enumerate(rollouts):
         rollout.problem = problems[i // group_size]
         if i % group_size == 0:
             prompt = tokenizer.decode(rollout.prompt_ids)  # once for a group
         rollout.prompt = prompt
-        rollout.text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        shown = [i for i in rollout.response_ids if i not in left_out]
+        rollout.text = opened_thinking(prompt) + tokenizer.decode(shown)
         rollout.label = "truncated"
     finished = [rollout for rollout in rollouts if rollout.finished]
     verdicts = verify_batch([r.text for r in finished], [r.problem.answer for r in finished])
@@ -822,7 +869,8 @@ def add_run_flags(parser):
         help="keep no activations, compute them again in the backward pass: less memory, slower")
     add("--sampler", choices=["hf", "vllm"], default="hf",
         help="what samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
-    add("--vllm-memory", type=share, default=0.35, help="share of the GPU's memory for vLLM")
+    add("--vllm-memory", type=number(0.01, 1), default=0.35,
+        help="share of the GPU's memory for vLLM")
     add("--resume", action="store_true", help="go on from --out, with its own flags")
     add("--stop-after", type=positive, help="save and stop after so many steps")
     add("--overwrite", action="store_true", help="delete what --out holds and start anew")
@@ -838,8 +886,10 @@ def read_json(path):
 
 def trained_with(init):
     """The data, columns and thinking of --init, as its args.json says; or the built-in world's."""
-    recover_checkpoint(init or "")
-    saved = read_json(Path(init, "args.json")) if init else {}
+    saved = {}
+    if init:
+        recover_checkpoint(init)
+        saved = read_json(Path(init, "args.json"))
     return {"data": "arithmetic", "columns": "", "thinking": True, **saved}
 
 
@@ -847,7 +897,7 @@ def parse_args(parser):
     """The flags; with --resume the saved ones, with which any given must agree."""
     parser.error = fail  # one line, without the usage
     args = parser.parse_args()
-    out = Path(args.out)  # without the slash that a shell may leave at its end
+    out = Path(args.out)
     out = out.resolve() if out.is_symlink() else out
     recover_checkpoint(out)
     if args.resume:
@@ -862,6 +912,8 @@ def parse_args(parser):
         if path and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
+    if args.columns and args.data in (None, "arithmetic"):
+        fail("--columns are those of a --data: give that, too")
     require_device(args.device)
     args.out = str(out)
     saved = trained_with(args.init)
@@ -928,14 +980,16 @@ def run_in(out, args):
             "--resume from the last save, if there is one")
 
 
-def start_run(args, optimizer):
+def start_run(args, model, tokenizer, optimizer):
     """Makes the folder anew. Or, with --resume, fills the optimizer and cuts the logs to the last
-    save -> the state to go on from: step, cursor, and what a stage adds."""
+    save -> the state to go on from: step, cursor, and what a stage adds. Tries to save."""
     out = Path(args.out)
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    save_checkpoint(args, model, tokenizer, optimizer, {}, trial=True)
+    if not args.resume:
         return {"step": 0, "cursor": 0}
     try:
         state = torch.load(out / "trainer_state.pt", map_location="cpu")
@@ -958,6 +1012,17 @@ def start_run(args, optimizer):
     return state
 
 
+def load_initial(args, state):
+    """The model of --init, as a reference or a teacher. It is not saved: --resume loads it again,
+    and refuses another than the run began with."""
+    model, _ = load_model(args.init, args.device, args.attn_implementation)
+    some = [weight.flatten()[0].item() for weight in model.parameters()]  # training changes these
+    if state.setdefault("init", some) != some:
+        fail(f"--resume: {args.init} is not the model that this run began with: restore that one, "
+            "or start anew")
+    return model
+
+
 def append_jsonl(path, rows):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -968,39 +1033,51 @@ def log_samples(args, step, kind, rollouts):
     append_jsonl(Path(args.out, "samples.jsonl"), rows)
 
 
-def save_checkpoint(args, model, tokenizer, optimizer, state):
-    """Written beside, then renamed: whatever ends it, one whole checkpoint is left."""
-    out, new, old = Path(args.out), Path(f"{args.out}.new"), Path(f"{args.out}.old")
-    shutil.rmtree(new, ignore_errors=True)
+def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
+    """Written into OUT/save.part, which is renamed to save.whole; then its files replace those of
+    the last save, and no other file of OUT. Whatever ends it, one whole checkpoint is left.
+
+    trial: all that could fail, before the first step. Big tensors are only compared with the room
+    there is for them, and nothing is replaced.
+    """
+    out, part = Path(args.out), Path(args.out, "save.part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        (new / "args.json").write_text(json.dumps(vars(args), indent=1))
-        torch.save({**state, "optimizer": optimizer.state_dict()}, new / "trainer_state.pt")
-        for path in out.iterdir():  # the logs, and whatever else somebody keeps there
-            if not (new / path.name).exists():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.copytree(path, new / path.name, symlinks=True)
-                else:
-                    shutil.copy2(path, new / path.name, follow_symlinks=False)
+        if trial:
+            at_once = 1 if args.resume or args.save_every >= args.steps else 2  # the last, the next
+            needed = at_once * 3 * sum(p.nbytes for p in model.parameters())  # with two moments
+            if needed > (free := shutil.disk_usage(out).free):
+                raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
+        part.mkdir()  # a file in its way is no error to transformers
+        model.save_pretrained(part, state_dict={} if trial else None)
+        tokenizer.save_pretrained(part)
+        (part / "args.json").write_text(json.dumps(vars(args), indent=1))
+        state = {} if trial else {**state, "optimizer": optimizer.state_dict()}
+        torch.save(state, part / "trainer_state.pt")
     except Exception as error:  # of many types: each library has its own for a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        fail(f"{new}: step {state['step']} cannot be saved: {reason(error)}; mend that (is "
-            f"the disk full?), then --resume; {out} still holds the last save, if there was one")
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old)
+        shutil.rmtree(part, ignore_errors=True)
+        fail(f"{out}: no checkpoint can be saved: {reason(error)}; mend that (is the disk full?), "
+            "then --resume goes on from the last save; if there is none, start with --overwrite")
+    if trial:
+        shutil.rmtree(part)
+    else:
+        part.rename(out / "save.whole")
+        recover_checkpoint(out)
 
 
 def recover_checkpoint(path):
-    """A save ends with PATH -> PATH.old, PATH.new -> PATH. Undo a kill between the two renames."""
-    path = Path(path)  # before .old is added: a slash at its end goes
-    old = Path(f"{path}.old")
-    if old.exists() and not path.exists():
-        time.sleep(1)  # a run that is alive needs less from one to the other
-        if not path.exists():
-            old.rename(path)
+    """The end of a save, also of one that was killed here: PATH/save.whole's files -> PATH."""
+    whole = Path(path, "save.whole")
+    for file in sorted(whole.rglob("*"), reverse=True):  # what a folder holds, then the folder
+        with contextlib.suppress(FileNotFoundError):  # a run that is alive moves them, too
+            target = Path(path, file.relative_to(whole))
+            if file.is_dir():
+                file.rmdir()
+            else:
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+    with contextlib.suppress(OSError):
+        whole.rmdir()
 
 
 class Interrupt:
@@ -1039,6 +1116,7 @@ def main():
     add("--columns", default="", help="as in the stages")
     add("--init", default="ckpt/sft", help="whose tokenizer and chat template")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
+    parser.error = fail
     args = parser.parse_args()
     builtin = args.data == "arithmetic"
     problems = load_problems(args.data)[0] if builtin else read_problems(args.data, args.columns)

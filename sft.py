@@ -33,10 +33,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rollout import APPLY, INSTRUCTION, PRIVILEGED, Formatter, Interrupt, add_run_flags
-from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting, load_model
-from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
-from rollout import parse_args, positive, render_prompt, require_solutions, run_in, save_checkpoint
-from rollout import sequence_length, share, start_run, summarize, token_log_probs
+from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting
+from rollout import fitting_prompts, load_model, load_problems, log_samples, make_sampler
+from rollout import micro_batches, not_negative, number, opened_thinking, parse_args, positive
+from rollout import render_prompt, require_solutions, run_in, save_checkpoint, sequence_length
+from rollout import share, start_run, summarize, token_log_probs
 
 
 def get_args():
@@ -132,15 +133,17 @@ def demonstrate_arithmetic(problem, rng, privileged, think=True):
 
 
 def render_response(steps, answer, think=True):
-    """Steps and answer as a response. A solution that is a whole response stays as it is."""
-    if "</think>" in steps or (not think and "\\boxed{" in steps):
-        return steps
-    return f"<think>{steps}</think>\\boxed{{{answer}}}" if think else f"{steps} \\boxed{{{answer}}}"
+    """Steps and answer as a response. A solution that is a whole response stays as it is; without
+    thinking, what it says after it."""
+    if not think:
+        steps = steps.rpartition("</think>")[2]
+        return steps if "\\boxed{" in steps else f"{steps} \\boxed{{{answer}}}"
+    return steps if "</think>" in steps else f"<think>{steps}</think>\\boxed{{{answer}}}"
 
 
 def build_example(tokenizer, problem, rng, args):
     """One demonstration. The response is encoded apart from its prompt, as it is when sampled, and
-    ends in EOS."""
+    ends in EOS. Where the chat template opens `<think>`, the response starts inside it."""
     privileged = rng.random() < args.privileged_frac
     if args.data == "arithmetic":
         response = demonstrate_arithmetic(problem, rng, privileged, args.thinking)
@@ -148,6 +151,8 @@ def build_example(tokenizer, problem, rng, args):
         response = render_response(problem.solution, problem.answer, args.thinking)
     context = "solution" if privileged else None
     prompt_ids = render_prompt(tokenizer, problem, context, problem.solution, args.thinking)
+    if opened := opened_thinking(tokenizer.decode(prompt_ids)):
+        response = response.removeprefix(opened).removeprefix("<think>")
     response_ids = tokenizer.encode(response, add_special_tokens=False)
     return Example(prompt_ids, response_ids + [tokenizer.eos_token_id])
 
@@ -295,11 +300,11 @@ def run(args):
         return demonstration_length(tokenizer, problem, args)
 
     train = fitting(train, model, 0, total_length)
-    heldout = fitting(heldout, model, 0, total_length)
+    heldout = fitting_prompts(heldout, model, tokenizer, args)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
-    state = start_run(args, optimizer)
+    state = start_run(args, model, tokenizer, optimizer)
     sampler = make_sampler(model, tokenizer, heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:

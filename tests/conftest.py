@@ -20,7 +20,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from tokenizers import AddedToken, Tokenizer  # noqa: E402
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 import rollout  # noqa: E402
 import sft  # noqa: E402
@@ -146,6 +148,30 @@ def tokenizer():
     return sft.make_tokenizer(
         texts + [rollout.INSTRUCTION, rollout.PRIVILEGED["solution"]], vocab_size=384
     )
+
+
+OPENS_THINK = sft.CHAT_TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think>\n{%").replace(
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", "")
+THINKERS = {  # as other models have it: what the tags are, and whether the template always opens <think>
+    "added": "tokens of their own", "opened": "the same, opened: R1-Distill, QwQ, Qwen3-Thinking",
+    "special": "special tokens", "special, opened": "the same, opened", "spelled": "several tokens each",
+    "spelled, opened": "the same, opened"}  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=THINKERS)
+def thinker(request, tokenizer):
+    """The tokenizer with such tags and such a template; .opens says what its prompts end in."""
+    made, tags = json.loads(tokenizer.backend_tokenizer.to_str()), ("<think>", "</think>")
+    if "spelled" in request.param:
+        made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in tags]
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)), pad_token="<|pad|>",
+        eos_token="<|end|>", chat_template=sft.CHAT_TEMPLATE)  # fmt: skip
+    if "special" in request.param:
+        made.add_tokens([AddedToken(tag, special=True) for tag in tags], special_tokens=True)
+    made.opens = "<think>\n" if "opened" in request.param else ""
+    if made.opens:
+        made.chat_template = OPENS_THINK
+    return made
 
 
 def encode_by_character(tokenizer, text):

@@ -1,9 +1,13 @@
 """From a data set's rows to prompts: what is read, what is left out, and what the model sees."""
 
+import copy
 import json
+import re
 import sys
+import tracemalloc
 
 import pytest
+from conftest import make_tiny
 from transformers import AutoTokenizer
 
 import rollout
@@ -68,6 +72,39 @@ def test_several_solutions_of_a_problem_are_kept(write_jsonl):
     """Eight demonstrations of each problem are eight times the data for sft.py: only a whole row repeats a row."""
     rows = [{"problem": "1+1?", "answer": "2", "solution": f"Way {i}."} for i in range(3)]
     assert [p.solution for p in read_problems(write_jsonl([*rows, rows[0]]))] == ["Way 0.", "Way 1.", "Way 2."]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "arrow"])
+def test_rows_are_streamed_and_repeated_ones_are_not_kept(form, write_jsonl, tmp_path, capsys):
+    """DAPO-Math-17k is 1.79 M rows of 17,000 problems: as a list of rows 6.4 GB and 110 s at each start. Here
+    20,000 rows of 200 problems: as a list over 20 MB."""
+    rows = []
+    for i in range(20_000):
+        n = i % 200
+        rows.append({"prompt": [{"role": "user", "content": DAPO.format(f"{n}+1?")}], "extra": {"index": i},
+            "reward_model": {"ground_truth": str(n + 1), "style": "rule"}})  # fmt: skip
+    path = write_jsonl(rows)
+    if form == "arrow":
+        pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        path = str(tmp_path / "saved")
+    del rows
+    read_problems(path)  # what the first call of a library keeps is no row
+    tracemalloc.start()
+    problems = read_problems(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problems == [Problem(f"{i}+1?", str(i + 1)) for i in range(200)]
+    assert "19800 of 20000 rows repeat another row" in capsys.readouterr().out
+    assert peak < 2e6, peak
+
+
+def test_columns_of_later_rows(write_jsonl, fails_with):
+    """Rows are read one by one: a column that the first of them lack is found all the same."""
+    rows = ["{}", {"level": 3}, {"problem": "1+1?", "answer": "2"}, {"A": "4", "Q": "2+2?", "answer": "5"},
+        {"question": "3+3?", "final_answer": "6"}]  # fmt: skip
+    assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2"), Problem("3+3?", "6")]
+    assert read_problems(write_jsonl(rows), "problem=Q,answer=A") == [Problem("2+2?", "4")]
+    fails_with(lambda: read_problems(write_jsonl(["{}"])), "no column for the problem in []")
 
 
 def test_columns(write_jsonl, fails_with):
@@ -146,28 +183,51 @@ def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys, tokenizer, tmp_pat
 # ------------------------------------------------------------------------------------------------------------
 # Chat templates
 
-OPENS_THINK = ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    "{% if add_generation_prompt %}>><think>\n{% endif %}")
-
-
-def test_both_prompts_end_in_the_templates_suffix(tokenizer):
+def test_both_prompts_end_in_the_templates_suffix(thinker):
     """A template that opens <think> must open it for the teacher too, or the two never meet."""
-    problem, own_template = Problem("1+1?", "2", "It is 2."), tokenizer.chat_template
-    try:
-        for template, ending in ((own_template, "<|assistant|>"), (OPENS_THINK, ">><think>\n")):
-            tokenizer.chat_template = template
-            for shown in ((), ("solution", "It is 2."), ("answer", "2"), ("concise",)):
-                assert tokenizer.decode(render_prompt(tokenizer, problem, *shown)).endswith(ending)
-    finally:
-        tokenizer.chat_template = own_template
+    problem = Problem("1+1?", "2", "It is 2.")
+    for shown in ((), ("solution", "It is 2."), ("answer", "2"), ("concise",)):
+        prompt = thinker.decode(render_prompt(thinker, problem, *shown))
+        assert prompt.endswith("<|assistant|>" + thinker.opens)
+        assert rollout.opened_thinking(prompt) == thinker.opens
 
 
-def test_no_thinking(tokenizer):
-    """--no-thinking is said to the template, and both prompts show it."""
+def test_no_thinking(thinker):
+    """--no-thinking is said to the template, and both prompts show it. A template that opens <think> all the
+    same would have the model think: there it is closed."""
     problem = Problem("1+1?", "2", "It is 2.")
     for shown in ((), ("solution", "It is 2.")):
-        text = tokenizer.decode(render_prompt(tokenizer, problem, *shown, thinking=False))
-        assert text.endswith("<|assistant|><think></think>")
+        text = thinker.decode(render_prompt(thinker, problem, *shown, thinking=False))
+        closed = "<think>\n\n</think>\n\n" if thinker.opens else "<think></think>"
+        assert text.endswith("<|assistant|>" + closed) and rollout.opened_thinking(text) == ""
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_either_name_of_thinking_is_told(thinker, name):
+    """Qwen3 and SmolLM3 ask for enable_thinking, DeepSeek V3.1 and Granite 3 for thinking."""
+    template = "{{ messages[0].content }}{% if " + name + " %}<think>{% else %}</think>{% endif %}"
+    other = copy.deepcopy(thinker)
+    other.chat_template = template
+    for thinking, ending in ((True, "<think>"), (False, "</think>")):
+        prompt = other.decode(render_prompt(other, Problem("1+1?", "2"), thinking=thinking))
+        assert prompt.endswith("." + ending)
+
+
+STAMPED = {
+    "SmolLM3": "{% set today = strftime_now('%d %B %Y') %}Today: {{ today }}",
+    "Llama 3": "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}Today Date: {{ date_string }}",
+    "gpt-oss": "{% macro build() %}Current date: {{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ build() }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", STAMPED.values(), ids=STAMPED)
+def test_a_template_that_stamps_the_date_gets_the_same_on_every_day(tokenizer, template):
+    """Prompts of a run and of its --resume on the next day differed: another run than the one left alone."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template + " {{ messages[0].content }}"
+    text = other.decode(render_prompt(other, Problem("1+1?", "2")))
+    assert re.search("(01 January 2025|01 Jan 2025|2025-01-01) 1[+]1[?]", text), text
 
 
 def test_a_base_model_gets_a_template(tokenizer, tmp_path):
@@ -196,11 +256,13 @@ def test_a_demonstration_that_is_whole_stays_as_it_is():
     assert sft.render_response("1+1 is 2.", "2") == "<think>1+1 is 2.</think>\\boxed{2}"
     assert sft.render_response("1+1 is 2.", "2", think=False) == "1+1 is 2. \\boxed{2}"
     assert sft.render_response("So \\boxed{2}.", "2", think=False) == "So \\boxed{2}."
+    assert sft.render_response(whole, "2", think=False) == "So \\boxed{2}."  # what it says after its thinking
+    assert sft.render_response("<think>Hm.</think>Two.", "2", think=False) == "Two. \\boxed{2}"
 
 
 def test_fitting(capsys, fails_with):
     """Bytes are counted first, tokens only where bytes do not settle it; what does not fit is counted."""
-    model = type("Model", (), {"config": type("Config", (), {"max_position_embeddings": 2000})})
+    model = make_tiny(context=2000)
     problems = [Problem("x" * n, "2", "") for n in (10, 900, 1900)]
     asked = []
 

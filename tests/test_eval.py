@@ -86,16 +86,26 @@ def test_a_paired_change_by_hand():
     assert evaluation.paired_change(before, before, seed=0)["length_change_ci95"] == [0, 0]
 
 
-def test_thinking_length(tokenizer):
-    """Measured by the last character, or in characters, shorter thinking hides behind a longer answer."""
-    ids = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    length = lambda text: evaluation.thinking_length(ids(text), tokenizer)  # noqa: E731
-    assert length("<think></think>\\boxed{1}") == 2
+def test_thinking_length(thinker):
+    """Measured by the last character, or in characters, shorter thinking hides behind a longer answer. What
+    the prompt opened, and what verify.py finds no answer after, is thinking here as well."""
+
+    def ids(text):
+        text = text.removeprefix("<think>") if thinker.opens else text
+        return thinker.encode(text, add_special_tokens=False)
+
+    def length(text, thinking=True):
+        prompt = render_prompt(thinker, Problem("a", "3"), thinking=thinking)
+        said = Rollout(prompt, ids(text), [-1.0] * len(ids(text)), finished=False)
+        return evaluation.thinking_length(label_rollouts([said], [Problem("a", "3")], thinker)[0], thinker)
+
+    assert length("<think></think>\\boxed{1}") == len(ids("<think></think>"))
     assert length("<think>1+2=3.</think>\\boxed{3}") == len(ids("<think>1+2=3.</think>"))
     assert length("<think>1+2=") == len(ids("<think>1+2="))  # cut off while thinking
-    assert length("\\boxed{3}") == 0
-    assert length("1+2=3.</think>\\boxed{3}") == len(ids("1+2=3.</think>"))  # opened by the prompt's template
-    assert length("</think>a</think>") == 1
+    assert length("<think>a</think>b<think>c") == len(ids("<think>a</think>b<think>c"))  # it does not end
+    assert length("<think>a</think>b</think>\\boxed{1}") == len(ids("<think>a</think>b</think>"))
+    assert length("\\boxed{3}", thinking=False) == 0
+    assert length("1+2=3.</think>\\boxed{3}") == len(ids("1+2=3.</think>"))
 
 
 def test_the_figures_of_a_checkpoint_by_hand(tokenizer, monkeypatch):
@@ -460,7 +470,18 @@ REFUSED = {
     "--curves c.pdf": "--curves c.pdf",
     "--example --html nowhere/p.html": "--html nowhere/p.html",
     "--json .": "--json .: must name a file",
+    "--json /proc/x": "--json /proc/x: must name a file that can be written",
+    "--samples /proc/x": "--samples /proc/x: must name a file that can be written",
 }
+
+
+def test_trying_a_file_leaves_it_as_it_was(base, monkeypatch):
+    """A result of yesterday is there until there is another; a new file is not there before."""
+    Path("old.json").write_text("yesterday's")
+    flags = ["--json", "old.json", "--samples", "new.jsonl"]
+    monkeypatch.setattr("sys.argv", ["eval.py", str(base / "sft"), *flags])
+    evaluation.get_args()
+    assert Path("old.json").read_text() == "yesterday's" and not Path("new.jsonl").exists()
 
 
 @pytest.mark.parametrize("flags, says", REFUSED.items())

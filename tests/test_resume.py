@@ -4,6 +4,7 @@ The commonest complaint about neighbouring projects is a resume that restores th
 """
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_a_stop_at_the_last_step_is_the_end(base, luck, name):
     """There is nothing to go on with: the last line is the next command, and a script goes on."""
     status, out, _ = run_stage(STAGES[name][0], *flags_of(base, name, "out", steps=2), "--stop-after 2")
     assert status == 0 and "next: python" in out.splitlines()[-1] and "stopped" not in out
+
+
+@pytest.mark.parametrize("name", ["rlvr-kl", "opsd"])
+def test_init_is_another_model_on_resume(base, luck, name):
+    """The frozen teacher and the reference are loaded from --init again. If another run has written there
+    since, the rest of this run would learn from another teacher, without a word."""
+    stage = STAGES[name][0]
+    shutil.copytree(base / "sft", "init")
+    flags = ["--init", "init", *flags_of(base, name, "out")[2:]]
+    assert run_stage(stage, *flags, "--stop-after 2")[0] == 0
+    one_step = flags_of(base, "sft", "init", steps=1)
+    assert run_stage(sft, *one_step, "--overwrite")[0] == 0
+    status, _, err = run_stage(stage, "--resume --out out")
+    assert status == 2 and err.startswith("error: --resume: init is not the model that"), err
+    assert err.count("\n") == 1, err
+    shutil.rmtree("init")
+    shutil.copytree(base / "sft", "init")
+    assert run_stage(stage, "--resume --out out")[0] == 0
 
 
 def test_flags_may_be_repeated_on_resume(base):
@@ -267,7 +286,7 @@ def die_at(patch, point):
         Path(path).write_bytes(b"PK\3\4 half a state")
 
     def save_no_weights(model, folder):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         Path(folder, "config.json").write_text("{}")
 
     for owner, name, half in [
@@ -275,9 +294,10 @@ def die_at(patch, point):
         (transformers.PreTrainedTokenizerFast, "save_pretrained", nothing),
         (Path, "write_text", write_half),
         (torch, "save", save_half),
-        (shutil, "copy2", nothing),
         (shutil, "rmtree", delete_half),
         (Path, "rename", nothing),
+        (Path, "replace", nothing),
+        (Path, "rmdir", nothing),
     ]:
         patch.setattr(owner, name, deadly(getattr(owner, name), half))
     return count
@@ -302,6 +322,7 @@ def test_kill_at_every_point_of_a_save(base, monkeypatch):
         shutil.copytree("before", "out")
         for log in ("metrics.jsonl", "samples.jsonl"):
             shutil.copy2(Path("after", log), "out")
+        Path("out/notes.txt").write_text("mine")
         with monkeypatch.context() as patch:
             count = die_at(patch, point)
             try:
@@ -314,19 +335,32 @@ def test_kill_at_every_point_of_a_save(base, monkeypatch):
         steps_found.append(step)
         assert same_tensors(weights("out"), weights("before" if step == 1 else "after")), point
         assert read_rows("out/metrics.jsonl") == read_rows("after/metrics.jsonl")
+        assert Path("out/notes.txt").read_text() == "mine"
         if point % 4 == 0 or step != steps_found[0]:
             status, _, err = run_stage(sft, "--resume --out out")
             assert status == 0, err
             assert_same_run("out", "after")
-    assert count.operations >= 8 and set(steps_found) == {1, 2}, "no kill came in the save's middle"
+    assert count.operations >= 15 and set(steps_found) == {1, 2}, "no kill came in the save's middle"
+    assert steps_found == sorted(steps_found), "what was whole is lost by a later kill"
     assert_same_run("out", "after")
-    assert [path.name for path in Path().glob("out*")] == ["out"]  # nothing is left lying about
+    left = [path.name for path in [*Path().glob("out*"), *Path("out").iterdir()]]
+    assert sorted(left) == sorted(["out", "notes.txt", *os.listdir("after")])  # nothing is left lying about
+
+
+def kill_at_the_end_of_a_save(folder):
+    """What was saved before, and in save.whole what was not yet moved."""
+    Path(folder, "save.whole").mkdir()
+    for name in ("model.safetensors", "args.json", "config.json", "tokenizer.json", "trainer_state.pt"):
+        Path(folder, name).rename(Path(folder, "save.whole", name))
+        if name != "args.json":
+            Path(folder, name).write_bytes(b"of the save before")
 
 
 @pytest.mark.parametrize("stage", [rlvr, opsd, eval_stage], ids=lambda stage: stage.__name__)
-def test_next_stage_after_a_kill_between_the_renames(base, stage):
-    """The checkpoint lies in PATH.old then. The next stage finds it, and its data with it."""
-    shutil.copytree(base / "sft", "sft.old")
+def test_next_stage_after_a_kill_at_the_end_of_a_save(base, stage):
+    """Half of the checkpoint lies in PATH/save.whole then. The next stage finds it, and its data with it."""
+    shutil.copytree(base / "sft", "sft")
+    kill_at_the_end_of_a_save("sft")
     train = f"--init sft --out out --steps 1 {TINY}"
     flags = "sft --n 1 --problems 2" if stage is eval_stage else train
     status, out, err = run_stage(stage, flags, "--max-new-tokens 8")
@@ -335,12 +369,12 @@ def test_next_stage_after_a_kill_between_the_renames(base, stage):
 
 
 @pytest.mark.parametrize("how", ["--resume", "", "--overwrite"])
-def test_the_run_itself_after_a_kill_between_the_renames(base, how):
-    """It lies in OUT.old then. --resume must find it there; and a new run must not take OUT for free: its first save
-    would delete OUT.old, the only copy."""
+def test_the_run_itself_after_a_kill_at_the_end_of_a_save(base, how):
+    """--resume goes on from the save that was whole; a new run does not take OUT for free, and --overwrite
+    does."""
     flags = flags_of(base, "sft", "out", steps=2)
     assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
-    Path("out").rename("out.old")
+    kill_at_the_end_of_a_save("out")
     status, _, err = run_stage(sft, *flags, how)
     if how:
         assert status == 0, err

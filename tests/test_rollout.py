@@ -435,6 +435,45 @@ def test_what_was_cut_off_is_truncated_whatever_it_says(tokenizer):
     assert [r.label for r in labelled] == ["truncated", "correct"]
 
 
+ENDINGS = [  # what is said, and whether it counts: the answer stands after a thinking that ends
+    ("<think>1+2</think>\\boxed{3}", True), ("<think>So \\boxed{3}</think>\\boxed{4}", False),
+    ("<think>So \\boxed{3}", False), ("<think></think>\\boxed{3}<think>or", False),
+    ("<think>\\boxed{4}</think>a</think>\\boxed{3}", True), ("<think>\\boxed{3}</think>", False)]  # fmt: skip
+
+
+def said_after(thinker, text):
+    """`text` said after the thinker's own prompt, without the <think> that the prompt has opened."""
+    text = text.removeprefix("<think>") if thinker.opens else text
+    ids = thinker.encode(text, add_special_tokens=False) + [thinker.eos_token_id]
+    return Rollout(rollout.render_prompt(thinker, Problem("a", "3")), ids, [-1.0] * len(ids), True)
+
+
+@pytest.mark.parametrize("text, right", ENDINGS)
+def test_an_answer_in_a_thinking_that_does_not_end_is_none(thinker, text, right):
+    """A box in the thinking was judged where the tags are special tokens, which decoding leaves out, and
+    where the prompt opened the thinking, so that the response alone does not show it."""
+    labelled = rollout.label_rollouts([said_after(thinker, text)], [Problem("a", "3")], thinker)[0]
+    assert labelled.label == ("correct" if right else "incorrect")
+    assert labelled.text == text.replace("<think>", "<think>\n" if thinker.opens else "<think>", 1)
+
+
+def test_without_thinking_a_bare_answer_counts(thinker):
+    """--no-thinking closes what the template opens: then the response needs no tag."""
+    ids = thinker.encode("\\boxed{3}", add_special_tokens=False) + [thinker.eos_token_id]
+    prompt = rollout.render_prompt(thinker, Problem("a", "3"), thinking=False)
+    said = Rollout(prompt, ids, [-1.0] * len(ids), True)
+    rollout.label_rollouts([said], [Problem("a", "3")], thinker)
+    assert (said.label, said.text) == ("correct", "\\boxed{3}")
+
+
+def test_other_special_tokens_are_left_out_of_a_text(tokenizer):
+    """As decoding leaves them out, wherever they stand: samples.jsonl is for people."""
+    rng, special = random.Random(5), tokenizer.convert_tokens_to_ids(["<|pad|>", "<|user|>", "<|end|>"])
+    ids = [rng.choice([*special, rng.randrange(len(tokenizer))]) for _ in range(200)]
+    said = rollout.label_rollouts([Rollout([1], ids, [-1.0] * 200, True)], [Problem("a", "3")], tokenizer)[0]
+    assert said.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_summarize_by_hand(rollouts):
     """Lengths 7 1 3 5 2 6 4 3, mean 31/8 = 3.875; correct are 7, 5 and 2, mean 14/3; truncated are 2 of 8."""
     summary = rollout.summarize(rollouts)

@@ -163,6 +163,39 @@ def test_an_example_of_your_own_data_is_its_solution(tokenizer, args_of, write_j
     assert tokenizer.decode(example.response_ids) == "<think>2/6 + 1/6.</think>\\boxed{1/2}<|end|>"
 
 
+@pytest.mark.parametrize("solution", ["1+1=2.", "1+1=2.</think>\\boxed{2}",
+    "<think>1+1=2.</think>\\boxed{2}", "<think>\n1+1=2.</think>\\boxed{2}"])  # fmt: skip
+def test_a_template_that_opens_thinking_is_not_opened_twice(thinker, args_of, write_jsonl, solution):
+    """R1-Distill's and QwQ's prompts end in `<think>`: a demonstration that opens another teaches
+    `<think><think>`. Prompt and response together say the same whoever opens it; bare steps, and whole
+    responses."""
+    rows = [{"problem": "1+1?", "answer": "2", "solution": solution}]
+    args = args_of(sft, "--data", write_jsonl(rows), "--privileged-frac", 0)
+    example = sft.build_example(thinker, rollout.Problem("1+1?", "2", solution), random.Random(0), args)
+    prompt, response = thinker.decode(example.prompt_ids), thinker.decode(example.response_ids)
+    assert prompt == thinker.decode(rollout.render_prompt(thinker, rollout.Problem("1+1?", "2", solution)))
+    assert response.endswith("1+1=2.</think>\\boxed{2}<|end|>")
+    assert not thinker.opens or response.startswith("1+1=2.")
+    begun = not solution.startswith("1+1=2.<")  # else nobody has opened it but perhaps the template
+    assert (prompt + response).count("<think>") == (1 if thinker.opens or begun else 0)
+    assert response.startswith("<think>") == (begun and not thinker.opens)
+    assert len(example.prompt_ids + example.response_ids) <= sft.demonstration_length(
+        thinker, rollout.Problem("1+1?", "2", solution), args)  # fmt: skip
+
+
+def test_the_worlds_demonstration_starts_inside_a_thought_that_is_open(thinker, world, args_of):
+    """The same for the built-in world; without thinking there is no tag in the response, whatever the
+    template."""
+    for flag in ("--thinking", "--no-thinking"):
+        args = args_of(sft, flag, "--privileged-frac", 0)
+        for i, problem in enumerate(world[0][:5]):
+            example = sft.build_example(thinker, problem, random.Random(i), args)
+            both = thinker.decode(example.prompt_ids + example.response_ids)
+            assert both.count("<think>") == both.count("</think>") == 1, both
+            if flag == "--no-thinking":
+                assert "think>" not in thinker.decode(example.response_ids)
+
+
 def test_batches_depend_on_the_seed_and_the_window_alone(tokenizer, world, args_of):
     """A data loader that starts anew on --resume trains twice on the same and never on the rest."""
     args, model = args_of(sft, "--batch-size", 2), make_tiny(context=1024)
