@@ -39,10 +39,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from rollout import check_context, collate, evaluate, fail, fitting_prompts, load_model
-from rollout import load_problems, load_tokenizer, make_sampler, not_negative, number, positive
-from rollout import read_problems, reason, render_prompt, require_checkpoint, require_device
-from rollout import response_hidden_states, sample_row, seed_number, trained_with
+from rollout import check_context, collate, evaluate, fail, fitting_prompts, is_first
+from rollout import join_processes, load_model, load_problems, load_tokenizer, make_sampler
+from rollout import not_negative, number, once, positive, read_problems, reason, render_prompt
+from rollout import require_checkpoint, require_device, response_hidden_states, sample_row
+from rollout import seed_number, shard, trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -87,8 +88,11 @@ def get_args():
     add("--html", metavar="FILE", help="with --example: write it as a page to point at")
     parser.error = fail  # one line, without the usage
     args = parser.parse_args()
+    join_processes(args.device)
     args.k = args.n if args.k is None else args.k
-    check_flags(args)
+    once(check_flags, args)
+    if not is_first():  # of several processes, which only helps to sample
+        args.json = args.plot = args.samples = args.shortest = args.html = None
     if not args.curves:  # which only reads logs
         require_device(args.device)
         for path in args.checkpoints:
@@ -172,8 +176,10 @@ def load_each(args, problems):
     """One checkpoint after the other: path, model, tokenizer, and a sampler with its weights."""
     sampler = None
     for path in args.checkpoints:
-        print(f"evaluating {path} ...", file=sys.stderr, flush=True)
+        if is_first():
+            print(f"evaluating {path} ...", file=sys.stderr, flush=True)
         model, tokenizer = load_model(path, args.device)
+        model = shard(model, args.device)
         if sampler is None or args.sampler == "hf":  # one engine of vLLM serves all checkpoints
             sampler = make_sampler(model, tokenizer, problems, args)
         sampler.sync(model)
@@ -226,7 +232,7 @@ def evaluate_checkpoint(path, sampler, problems, args):
             "truncated": sum(r.label == "truncated" for r in group) / args.n,
             "doubt": sum(len(DOUBT.findall(r.text)) for r in group) / args.n,
             "pass_at_k": pass_at_k(args.n, correct, args.k),
-            "maj_at_k": majority_correct(finished, group[0].problem.answer),
+            "maj_at_k": once(majority_correct, finished, group[0].problem.answer),
         })
     per_problem = {name: [row[name] for row in measured] for name in measured[0]}
     row = {"checkpoint": path}

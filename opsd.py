@@ -37,12 +37,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, check_context, collate, draw
-from rollout import evaluate, fail, fitting, fitting_prompts, in_chunks, k3_kl, label_rollouts
-from rollout import load_initial, load_model, load_problems, log_samples, make_sampler
-from rollout import micro_batches, not_negative, number, parse_args, positive, render_prompt
-from rollout import require_solutions, response_hidden_states, run_in, sampler_log_probs
-from rollout import save_checkpoint, share, start_run, summarize, token_log_probs
+from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, check_context, clip_gradients
+from rollout import collate, draw, evaluate, fail, fitting, fitting_prompts, in_chunks, k3_kl
+from rollout import label_rollouts, load_initial, load_model, load_problems, log_samples
+from rollout import make_sampler, merge, micro_batches, not_negative, number, once, parse_args
+from rollout import positive, render_prompt, require_solutions, reshard, response_hidden_states
+from rollout import run_in, sampler_log_probs, save_checkpoint, shard, share, start_run, sum_of
+from rollout import summarize, token_log_probs
 from verify import verify_batch
 
 
@@ -174,14 +175,17 @@ def accumulate_gradients(student, teacher, rollouts, args):
     for micro in micro_batches(rollouts, args.micro_batch_size, teacher_length):
         values = token_divergence(student, teacher, micro, args)  # (N,)
         per_response = values.split([len(r.response_ids) for r in micro])
-        # 1/|y| sum_t, then the mean over the whole batch, of which this is a part.
-        micro_loss = sum(v.mean() for v in per_response) / len(rollouts)
+        # 1/|y| sum_t, then the mean over the whole batch, of which this is a part. (max: what fills
+        # up a process's share, rollout.deal, has no response.)
+        micro_loss = sum(v.sum() / max(1, len(v)) for v in per_response) / len(rollouts)
         if torch.is_grad_enabled():
             micro_loss.backward()
         loss += micro_loss.item()
         for rollout, divergences in zip(micro, per_response):
             rollout.divergences = divergences.detach().cpu()
-    return loss
+    for rollout, divergences in zip(rollouts, merge([r.divergences for r in rollouts])):
+        rollout.divergences = divergences
+    return sum_of(loss)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,7 +213,8 @@ def wrong_answer(problem, batch):
     this problem's. If all are equal, 0 or 1."""
     start = next(i for i, p in enumerate(batch) if p is problem)
     others = [p.answer for p in batch[start:] + batch[:start]] + ["0", "1"]
-    same = verify_batch([f"\\boxed{{{other}}}" for other in others], [problem.answer] * len(others))
+    same = once(verify_batch, [f"\\boxed{{{other}}}" for other in others],
+        [problem.answer] * len(others))
     return others[same.index(False)]
 
 
@@ -279,6 +284,7 @@ def update_teacher(step, teacher, student, args):
     args.refresh_every-th step. ema: at every step, with d = args.ema_decay,
     teacher <- d * teacher + (1 - d) * student.
     """
+    reshard(teacher)  # what scored this step's rollouts
     if args.teacher == "refresh" and step % args.refresh_every == 0:
         teacher.load_state_dict(student.state_dict())
     if args.teacher == "ema":
@@ -308,7 +314,7 @@ def optimizer_step(step, model, optimizer, loss, args):
     lr *= min(1.0, step / max(1, args.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+    grad_norm = clip_gradients(model, args.grad_clip)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         fail(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was "
             f"updated or saved; what {args.out} holds is whole. "
@@ -369,6 +375,7 @@ def run(args):
             "the teacher is shown (or choose another --context)")
     student, tokenizer = load_model(args.out if args.resume else args.init, args.device,
         args.attn_implementation, args.gradient_checkpointing)
+    student = shard(student, args.device)
 
     def prompt_length(problem):
         return teacher_prompt_length(tokenizer, problem, args)
@@ -386,7 +393,7 @@ def run(args):
     teacher = load_initial(args, state)
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
-    teacher.requires_grad_(False)
+    teacher = shard(teacher.requires_grad_(False), args.device)
     sampler = make_sampler(student, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:

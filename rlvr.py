@@ -34,11 +34,11 @@ from pathlib import Path
 
 import torch
 
-from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate, fail
-from rollout import fitting_prompts, k3_kl, label_rollouts, load_initial, load_model, load_problems
-from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
-from rollout import positive, render_prompt, run_in, sampler_log_probs, save_checkpoint, share
-from rollout import start_run, summarize, token_log_probs
+from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, clip_gradients, collate, draw
+from rollout import evaluate, fail, fitting_prompts, k3_kl, label_rollouts, load_initial, load_model
+from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
+from rollout import once, parse_args, positive, render_prompt, run_in, sampler_log_probs
+from rollout import save_checkpoint, shard, share, start_run, sum_of, summarize, token_log_probs
 
 
 def get_args():
@@ -170,6 +170,7 @@ def accumulate_gradients(model, reference, rollouts, args):
         kl_train = k3_kl(old_log_probs, policy_log_probs.detach())
         sums["kl/sample_train"] += kl_train[response_mask].sum().item()
     num_tokens = lengths.sum().item()
+    sums = {name: sum_of(value) for name, value in sums.items()}
     return {name: value if name == "loss" else value / num_tokens for name, value in sums.items()}
 
 
@@ -204,6 +205,10 @@ def reward_of(rollout, function):
     return float(reward)
 
 
+def rewards_of(rollouts, function):
+    return [reward_of(rollout, function) for rollout in rollouts]
+
+
 def sample_groups(sampler, problems, state, args, reward_function=None):
     """batch_size prompts x group_size -> all rollouts, those kept, the share of uniform groups.
 
@@ -220,8 +225,9 @@ def sample_groups(sampler, problems, state, args, reward_function=None):
             temperature=args.temperature, seed=args.seed * 1_000_003 + state["cursor"])
         state["cursor"] += args.batch_size
         rollouts += label_rollouts(sampled, batch, sampler.tokenizer)
-        for rollout in sampled:
-            rollout.reward = reward_of(rollout, reward_function)
+        rewards = once(rewards_of, sampled, reward_function)
+        for rollout, reward in zip(sampled, rewards):
+            rollout.reward = reward
         advantages = compute_group_normalized_rewards(
             torch.tensor([r.reward for r in sampled]), args.group_size, args.std)
         for rollout, advantage in zip(sampled, advantages.tolist()):
@@ -261,7 +267,7 @@ def optimizer_step(step, model, optimizer, loss, args):
     lr *= min(1.0, step / max(1, args.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+    grad_norm = clip_gradients(model, args.grad_clip)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         fail(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was "
             f"updated or saved; what {args.out} holds is whole. "
@@ -294,13 +300,14 @@ def run(args):
     train, heldout = load_problems(args.data, args.columns)
     model, tokenizer = load_model(args.out if args.resume else args.init, args.device,
         args.attn_implementation, args.gradient_checkpointing)
+    model = shard(model, args.device)
     train = fitting_prompts(train, model, tokenizer, args)
     heldout = fitting_prompts(heldout, model, tokenizer, args)
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
     state = start_run(args, model, tokenizer, optimizer)
-    reference = load_initial(args, state) if args.kl_coef else None
+    reference = shard(load_initial(args, state), args.device) if args.kl_coef else None
     sampler = make_sampler(model, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:

@@ -17,6 +17,7 @@ The last third, from "A run and its folder" on, is plumbing: leave it out at a f
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -28,13 +29,17 @@ import sys
 import tempfile
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -52,7 +57,8 @@ transformers.utils.logging.disable_progress_bar()  # of loading and saving; samp
 
 def fail(message):
     """Bad input: one line that says what is wrong and what to do, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    if first_to_fail():
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -350,7 +356,8 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
             "it from a copy, or run the stage that makes it again)")
     if gradient_checkpointing:  # it works in train mode only
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval(), tokenizer
+    # Under torchrun `shard` moves it: whole, it may be too large for one device.
+    return model.to("cpu" if dist.is_initialized() else device).eval(), tokenizer
 
 
 def require_checkpoint(path):
@@ -452,7 +459,7 @@ class HFSampler:
     def sync(self, model):
         self.model = model
 
-    @torch.inference_mode()
+    @torch.no_grad()  # FSDP2 cannot do inference_mode
     def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
         """Prompt ids -> Rollouts; prompt i owns rollouts [i * group_size, (i + 1) * group_size).
 
@@ -466,18 +473,19 @@ class HFSampler:
         uniforms = torch.rand(len(prompts) * group_size, max_new_tokens, generator=generator,
             dtype=torch.float64)
         rollouts = [None] * len(uniforms)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        max_rows = self.rows_that_fit(len(prompts[order[-1]]) + max_new_tokens)
-        prompts_at_once = max(1, max_rows // group_size)
-        for start in range(0, len(order), prompts_at_once):
-            chosen = order[start : start + prompts_at_once]
-            places = [i * group_size + j for i in chosen for j in range(group_size)]
-            sampled = self._generate_chunk(
-                [prompts[i] for i in chosen], group_size, uniforms[places], temperature)
-            for place, (ids, log_probs) in zip(places, sampled):
-                finished = ids[-1] in self.stop_ids
-                rollouts[place] = Rollout(prompts[place // group_size], ids, log_probs, finished)
-        return rollouts
+        order = my_share(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+        with whole_weights(self.model):
+            max_rows = self.rows_that_fit(max(map(len, prompts)) + max_new_tokens)
+            prompts_at_once = max(1, max_rows // group_size)
+            for start in range(0, len(order), prompts_at_once):
+                chosen = order[start : start + prompts_at_once]
+                places = [i * group_size + j for i in chosen for j in range(group_size)]
+                sampled = self._generate_chunk(
+                    [prompts[i] for i in chosen], group_size, uniforms[places], temperature)
+                for place, (ids, log_probs) in zip(places, sampled):
+                    rollouts[place] = Rollout(
+                        prompts[place // group_size], ids, log_probs, ids[-1] in self.stop_ids)
+        return merge(rollouts)
 
     def rows_that_fit(self, tokens):
         """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
@@ -693,7 +701,8 @@ def label_rollouts(rollouts, problems, tokenizer):
         rollout.text = opened_thinking(prompt) + tokenizer.decode(shown)
         rollout.label = "truncated"
     finished = [rollout for rollout in rollouts if rollout.finished]
-    verdicts = verify_batch([r.text for r in finished], [r.problem.answer for r in finished])
+    verdicts = once(
+        verify_batch, [r.text for r in finished], [r.problem.answer for r in finished])
     for rollout, right in zip(finished, verdicts):
         rollout.label = "correct" if right else "incorrect"
     return rollouts
@@ -753,7 +762,7 @@ def micro_batches(items, size, length=sequence_length):
     """Split items into lists of at most `size`, alike in length, so that little is padding. The
     longest come first: what does not fit into memory says so at once."""
     items = sorted(items, key=length, reverse=True)
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    return deal([items[i : i + size] for i in range(0, len(items), size)])
 
 
 def response_hidden_states(model, input_ids, response_mask):
@@ -765,7 +774,8 @@ def response_hidden_states(model, input_ids, response_mask):
     the same index. Rows come in the batch's order, response after response, so student and teacher
     align though their prompts differ in width.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+    base_model = getattr(model, "sharded_base_model", model.base_model)
+    hidden = base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][response_mask[:, 1:]]
 
 
@@ -897,9 +907,10 @@ def parse_args(parser):
     """The flags; with --resume the saved ones, with which any given must agree."""
     parser.error = fail  # one line, without the usage
     args = parser.parse_args()
+    join_processes(args.device)
     out = Path(args.out)
     out = out.resolve() if out.is_symlink() else out
-    recover_checkpoint(out)
+    once(recover_checkpoint, out)
     if args.resume:
         args = saved_args(parser, out)
     elif out.is_file() or out.is_dir() and any(out.iterdir()):
@@ -921,6 +932,7 @@ def parse_args(parser):
         args.data, args.columns = saved["data"], saved["columns"]
     if args.thinking is None:
         args.thinking = saved["thinking"]
+    meet()  # all have looked at the folder, before one makes it anew
     return args
 
 
@@ -969,8 +981,10 @@ def run_in(out, args):
     autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16,
         args.dtype == "bfloat16", cache_enabled=False)
     try:
-        with only_run_in(out), autocast:
+        with only_run_in(out) if is_first() else contextlib.nullcontext(), autocast:
             yield
+        if dist.is_initialized() and args.sampler == "hf":  # vLLM does it itself
+            dist.destroy_process_group()
     except torch.OutOfMemoryError:
         fail(f"out of memory on {args.device}: --resume goes on from a save, if there is one, "
             f"also with a lower --micro-batch-size (now {args.micro_batch_size}) or with "
@@ -984,7 +998,7 @@ def start_run(args, model, tokenizer, optimizer):
     """Makes the folder anew. Or, with --resume, fills the optimizer and cuts the logs to the last
     save -> the state to go on from: step, cursor, and what a stage adds. Tries to save."""
     out = Path(args.out)
-    if not args.resume:
+    if not args.resume and is_first():
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
@@ -992,14 +1006,14 @@ def start_run(args, model, tokenizer, optimizer):
     if not args.resume:
         return {"step": 0, "cursor": 0}
     try:
-        state = torch.load(out / "trainer_state.pt", map_location="cpu")
+        state = torch.load(out / "trainer_state.pt", map_location="cpu", mmap=processes() > 1)
         for group in state["optimizer"]["param_groups"]:  # --device may have changed
             group["fused"] = optimizer.defaults["fused"]
-        optimizer.load_state_dict(state.pop("optimizer"))
+        load_optimizer(optimizer, state.pop("optimizer"))
     except Exception as error:  # of many types, one for each way to be damaged
         fail(f"{out / 'trainer_state.pt'}: damaged ({reason(error)}): restore it from a copy, or "
             f"start a new run with --init {out} and another --out")
-    for log in (out / "metrics.jsonl", out / "samples.jsonl"):
+    for log in (out / "metrics.jsonl", out / "samples.jsonl") if is_first() else ():
         # Drop what came after the save, and a line that was cut off.
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
@@ -1024,6 +1038,8 @@ def load_initial(args, state):
 
 
 def append_jsonl(path, rows):
+    if not is_first():
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -1040,6 +1056,17 @@ def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
     trial: all that could fail, before the first step. Big tensors are only compared with the room
     there is for them, and nothing is replaced.
     """
+    weights = {}
+    if not trial:
+        weights = whole(model.state_dict(keep_vars=True))
+        state = whole({**state, "optimizer": optimizer.state_dict()})
+    if is_first():
+        write_checkpoint(args, model, tokenizer, weights, state, trial)
+    meet()  # a process that ends early would end the one that writes
+
+
+def write_checkpoint(args, model, tokenizer, weights, state, trial):
+    """save_checkpoint, in process 0."""
     out, part = Path(args.out), Path(args.out, "save.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -1049,10 +1076,9 @@ def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
             if needed > (free := shutil.disk_usage(out).free):
                 raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
         part.mkdir()  # a file in its way is no error to transformers
-        model.save_pretrained(part, state_dict={} if trial else None)
+        model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
         (part / "args.json").write_text(json.dumps(vars(args), indent=1))
-        state = {} if trial else {**state, "optimizer": optimizer.state_dict()}
         torch.save(state, part / "trainer_state.pt")
     except Exception as error:  # of many types: each library has its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
@@ -1096,12 +1122,195 @@ class Interrupt:
         signal.signal(number, signal.SIG_DFL)
 
     def now(self, step):
+        self.asked = sum_of(self.asked) > 0  # one process that was asked stops all
         return self.asked or step == self.last_step
 
     def stop(self, step):
+        launcher = f"torchrun --nproc-per-node {processes()}" if dist.is_initialized() else "python"
         print(f"stopped after step {step}; go on with: "
-            f"python {sys.argv[0]} --resume --out {self.out}")
+            f"{launcher} {sys.argv[0]} --resume --out {self.out}")
+        meet()
         raise SystemExit(130 if self.asked else 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes, each with a GPU (torchrun). Everything that touches torch.distributed is here.
+#
+# Every process runs the same steps on the same data and decides the same. Only work is split: each
+# samples for its share of the prompts and trains on its share of the micro-batches. The others get
+# its rollouts, and the sum of all gradients. So no result depends on how many processes there are.
+# FSDP2 cuts each weight, its gradient and its AdamW moments into pieces, one for each process.
+
+
+def join_processes(device):
+    """Under torchrun: the others are met, a GPU is taken, and only process 0 prints from here on."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device not in ("cpu", "cuda"):
+        fail(f"--device {device}: torchrun gives each process its own GPU: give --device cuda")
+    if device == "cuda" and here > count:
+        fail(f"torchrun starts {here} processes on a machine with {count} GPUs: give "
+            f"--nproc-per-node {count}, or --device cpu")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        device_id=torch.device("cuda", local) if device == "cuda" else None,
+        timeout=timedelta(hours=2))  # one process may sample or verify for long, the others wait
+    sys.excepthook = report_error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first():
+    """Whether this is process 0, which prints and writes files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def first_to_fail():
+    """Of several processes that fail, one says why: the first. torchrun then ends the others."""
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return store.add("failed", 1) == 1
+
+
+def report_error(kind, error, traceback):
+    """What Python calls for an exception that nobody caught. A lost connection is no bug here."""
+    if issubclass(kind, dist.DistError) or "gloo" in str(error):
+        with contextlib.suppress(SystemExit):
+            fail("another process has ended (killed, perhaps for want of memory): --resume goes on "
+                "from the last save, if there is one")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def once(function, *args):
+    """function(*args), called by process 0 alone -> its result, in all. For what could differ: a
+    verdict that runs into its deadline, a reward of the user's."""
+    result = [function(*args) if is_first() else None]
+    if processes() > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def sum_of(value):
+    """The sum of all processes' numbers, in all."""
+    total = torch.tensor(value, dtype=torch.float64)
+    if processes() > 1:
+        dist.all_reduce(total)
+    return total.item()
+
+
+def meet():
+    """No process goes on before all are here."""
+    sum_of(0.0)
+
+
+def merge(values):
+    """A list, with None where another process has the value -> the list with all values, in all."""
+    if processes() == 1:
+        return values
+    lists = [None] * processes()
+    dist.all_gather_object(lists, values)
+    return [next((v for v in column if v is not None), None) for column in zip(*lists)]
+
+
+def my_share(items):
+    """This process's part of a list, dealt out like cards; all of it where there is one process."""
+    return items[dist.get_rank() :: processes()] if dist.is_initialized() else items
+
+
+def deal(micros):
+    """This process's micro-batches. All processes need as many, or FSDP2 waits forever: the last are
+    filled up with one item that has a prompt and no response, which adds 0 to every sum."""
+    if processes() == 1 or not micros:
+        return micros
+    filler = copy.copy(micros[-1][-1])  # the shortest
+    filler.response_ids, filler.log_probs = [], []
+    return my_share(micros + [[filler]] * (-len(micros) % processes()))
+
+
+def shard(model, device):
+    """Under torchrun: the model in pieces, on `device`. Without it: the model, as it is."""
+    if not dist.is_initialized():
+        return model
+    mesh = init_device_mesh(device, (processes(),))
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):  # its layers
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # Embeddings, last norm and head are one group, as tied weights must be. After a forward pass
+    # they stay whole until the backward pass is over: each process may use its head, chunk by
+    # chunk, as often as it needs to.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for part in sharded_parts(model):  # a loss is a sum over the whole batch: sum, never average
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    model.sharded_base_model = model.base_model.__call__
+    register_fsdp_forward_method(model, "sharded_base_model")
+    return model
+
+
+def sharded_parts(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model):
+    """Whole weights -> pieces. A forward pass without a backward pass leaves some weights whole.
+    They would not follow the pieces, which the optimizer changes."""
+    for part in sharded_parts(model):
+        part.reshard()
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """Inside it each process has all weights, so that it can sample without the others."""
+    reshard(model)
+    for part in sharded_parts(model):
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    reshard(model)
+    for part in sharded_parts(model):
+        part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+def whole(state, seen=None):
+    """A state with tensors in pieces -> the same with whole tensors, in main memory, in process 0
+    (None in the others). Tied weights stay one tensor. Without pieces: the state, as it is."""
+    seen = {} if seen is None else seen
+    if isinstance(state, dict):
+        return {key: whole(value, seen) for key, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    if id(state) not in seen:
+        tensor = state.detach().full_tensor()  # all processes take part
+        seen[id(state)] = tensor.cpu() if is_first() else None
+    return seen[id(state)]
+
+
+def load_optimizer(optimizer, saved):
+    """optimizer.load_state_dict, for a state saved by any number of processes."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, moments in saved["state"].items():
+        weight = weights[index]
+        for name, value in moments.items():
+            if isinstance(weight, DTensor) and value.shape == weight.shape:  # not so AdamW's step
+                moments[name] = distribute_tensor(value.to(weight.device), weight.device_mesh,
+                    weight.placements, src_data_rank=None)
+    optimizer.load_state_dict(saved)
+
+
+def clip_gradients(model, largest_norm):
+    """Scales all gradients down to the largest norm -> the norm before."""
+    reshard(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -32,12 +32,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rollout import APPLY, INSTRUCTION, PRIVILEGED, Formatter, Interrupt, add_run_flags
-from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting
-from rollout import fitting_prompts, load_model, load_problems, log_samples, make_sampler
+from rollout import APPLY, Formatter, INSTRUCTION, Interrupt, PRIVILEGED, add_run_flags
+from rollout import append_jsonl, check_context, clip_gradients, collate, draw, evaluate, fail
+from rollout import fitting, fitting_prompts, load_model, load_problems, log_samples, make_sampler
 from rollout import micro_batches, not_negative, number, opened_thinking, parse_args, positive
 from rollout import render_prompt, require_solutions, run_in, save_checkpoint, sequence_length
-from rollout import share, start_run, summarize, token_log_probs
+from rollout import shard, share, start_run, sum_of, summarize, token_log_probs
 
 
 def get_args():
@@ -91,7 +91,7 @@ def accumulate_gradients(model, examples, micro_batch_size):
         micro_loss = sft_loss(policy_log_probs, response_mask, num_tokens)
         micro_loss.backward()
         loss += micro_loss.item()
-    return loss
+    return sum_of(loss)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def optimizer_step(step, model, optimizer, loss, args):
     lr *= min(1.0, step / max(1, args.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+    grad_norm = clip_gradients(model, args.grad_clip)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         fail(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so nothing was "
             f"updated or saved; what {args.out} holds is whole. "
@@ -295,6 +295,7 @@ def run(args):
             source, args.device, args.attn_implementation, args.gradient_checkpointing)
     else:
         model, tokenizer = new_model(train, args)
+    model = shard(model, args.device)
 
     def total_length(problem):
         return demonstration_length(tokenizer, problem, args)
