@@ -1151,8 +1151,8 @@ def join_processes(device):
     if device not in ("cpu", "cuda"):
         fail(f"--device {device}: torchrun gives each process its own GPU: give --device cuda")
     if device == "cuda" and here > count:
-        fail(f"torchrun starts {here} processes on a machine with {count} GPUs: give "
-            f"--nproc-per-node {count}, or --device cpu")
+        fail(f"torchrun starts {here} processes on a machine with {count} GPUs: start one for each "
+            "(--nproc-per-node), or give --device cpu")
     if device == "cuda":
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",

@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import EOS, VOCAB, make_tiny
+from test_chain import read_rows, run_stage, small_world, weights
+from test_resume import metrics_but_time
 from torch.distributed.tensor import DTensor
 
 import opsd
@@ -148,3 +150,129 @@ def test_gradients_are_those_of_one_process(count, tmp_path, expected):
                 assert (gradients[name] - of_one).abs().max() < 1e-6 * max(1, largest), (case, name)
             for ours, theirs in zip(divergences, divergences_of_one, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_summed_not_averaged(tmp_path):
+    """FSDP2's default is the mean, which gloo silently sums: on CPUs the default passes the tests above, on GPUs
+    it trains at 1/N of the rate. So no backend may be asked for anything but a sum, and nothing may be divided."""
+    case = ("sft", "tied", "", 3)
+    for metrics, gradients, _, operations in in_processes(2, tmp_path, gradient_and_operations, case):
+        assert set(operations) == {"SUM"} and len(operations) >= 3, operations
+        of_one = gradient(*case)[1]
+        assert all((gradients[name] - of_one[name]).abs().max() < 1e-6 * VOCAB for name in of_one)
+
+
+def gradient_and_operations(case):
+    """`gradient`, and what each reduction was asked to do."""
+    operations = []
+
+    def noting(reduce_scatter):
+        def note(*args, op=dist.ReduceOp.SUM, **kwargs):
+            operations.append(str(op).rpartition(".")[2])
+            return reduce_scatter(*args, op=op, **kwargs)
+        return note
+
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # torch up to 2.12, and from then on
+        if hasattr(dist, name):
+            setattr(dist, name, noting(getattr(dist, name)))
+    metrics, gradients, norm, _ = gradient(*case)
+    return metrics, gradients, norm, operations
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs
+
+BASE_FLAGS = "--steps 5 --batch-size 4 --micro-batch-size 3 --eval-problems 5 --max-new-tokens 23 --lr 1e-3"
+RUNS = {
+    "sft": (sft, ""),
+    "rlvr": (rlvr, "--group-size 3 --kl-coef 0.1 --updates-per-batch 2 --refill 1"),
+    "opsd": (opsd, "--group-size 2 --teacher ema --ema-decay 0.8 --only-correct"),
+    "refresh": (opsd, "--teacher refresh --refresh-every 2 --context wrong-answer --match-budget"),
+}
+
+
+def luck(texts, golds):
+    """About half of the responses count as correct."""
+    return [len(text) % 2 == 0 for text in texts]
+
+
+def flags_of(name, base, folder, *more):
+    paths = ["--init", base / "sft", "--out", folder / name]
+    return [*paths, BASE_FLAGS, "--eval-every 4 --warmup-steps 2 --save-every 100", RUNS[name][1], *more]
+
+
+def run_all(names, base, folder, verdicts, *more):
+    """These runs, one after the other -> [(exit status, what was printed)]."""
+    rollout.verify_batch = opsd.verify_batch = verdicts
+    dist.destroy_process_group = lambda: None  # the next run needs it, too
+    return [run_stage(RUNS[name][0], *flags_of(name, base, folder, *more)) for name in names]
+
+
+def resume_all(names, folder):
+    rollout.verify_batch = opsd.verify_batch = luck
+    dist.destroy_process_group = lambda: None
+    return [run_stage(RUNS[name][0], "--resume --out", folder / name) for name in names]
+
+
+def tensors_of(value):
+    """A saved state -> its tensors and numbers, in order, however deep."""
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return [tensor for part in parts for tensor in tensors_of(part)]
+    return [torch.as_tensor(value or 0) if value is None or isinstance(value, bool | int | float) else value]
+
+
+def assert_same_files(ours, theirs):
+    """The logs to 1e-5, and a checkpoint of the same names, shapes and numbers."""
+    metrics, metrics_of_one = (metrics_but_time(folder / "metrics.jsonl") for folder in (ours, theirs))
+    assert [row.keys() for row in metrics] == [row.keys() for row in metrics_of_one]
+    for row, row_of_one in zip(metrics, metrics_of_one):
+        for key, value in row_of_one.items():  # None: the mean length of correct responses, of which there are none
+            assert row[key] == (value if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)), (key, row)
+    assert read_rows(ours / "samples.jsonl") == read_rows(theirs / "samples.jsonl")
+    assert sorted(f.name for f in ours.iterdir()) == sorted(f.name for f in theirs.iterdir())
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (ours / name).read_text() == (theirs / name).read_text()
+    tensors, tensors_of_one = weights(ours), weights(theirs)
+    assert tensors.keys() == tensors_of_one.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, tensors_of_one[name], rtol=1e-4, atol=1e-5)
+    state, state_of_one = (torch.load(folder / "trainer_state.pt") for folder in (ours, theirs))
+    assert state.keys() == state_of_one.keys()
+    for saved, saved_of_one in zip(tensors_of(state), tensors_of(state_of_one), strict=True):
+        assert type(saved) is type(saved_of_one) is torch.Tensor
+        torch.testing.assert_close(saved, saved_of_one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a checkpoint whose responses end."""
+    return small_world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_as_it_is():
+    """What run_all changes is changed back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (rollout, "verify_batch"), (opsd, "verify_batch"), (dist, "destroy_process_group"):
+            patch.setattr(module, name, getattr(module, name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs_of_one(base, tmp_path_factory):
+    """Every run without torchrun."""
+    folder = tmp_path_factory.mktemp("one")
+    for status, _, err in run_all(RUNS, base, folder, luck):
+        assert status == 0, err
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_five_steps_are_those_of_one_process(base, runs_of_one, count, tmp_path):
+    """The same rollouts, metrics, log and files, whatever the stage does between."""
+    for runs in in_processes(count, tmp_path, run_all, list(RUNS), base, tmp_path, luck):
+        for status, out, err in runs:
+            assert (status, err) == (0, "") and "next: python" in out
+    for name in RUNS:
+        assert_same_files(tmp_path / name, runs_of_one / name)
