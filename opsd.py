@@ -378,6 +378,7 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(student, args)
+    sampler = make_sampler(student, tokenizer, train + heldout, args)
     state = start_run(args, optimizer)
     state.setdefault("skipped", 0)  # steps in which nothing was kept
     state.setdefault("short", 0)  # steps in which --match-budget was not met
@@ -390,7 +391,6 @@ def run(args):
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
     teacher.requires_grad_(False)
-    sampler = make_sampler(student, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)

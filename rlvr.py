@@ -305,8 +305,8 @@ def run(args):
     if args.kl_coef:
         reference, _ = load_model(args.init, args.device, args.attn_implementation)
     optimizer = make_optimizer(model, args)
-    state = start_run(args, optimizer)
     sampler = make_sampler(model, tokenizer, train + heldout, args)
+    state = start_run(args, optimizer)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)

@@ -39,6 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from verify import extract_answer, verify_batch
 
@@ -331,8 +333,11 @@ def require_checkpoint(path):
         read_json(Path(path, f"{name}.json"))
 
 
-def require_device(device):
-    """Refuses a device that this machine does not have."""
+def require_device(device, sampler):
+    """Refuses a device that this machine does not have, or that vLLM would not take."""
+    if sampler == "vllm" and device not in ("cpu", "cuda", "cuda:0"):
+        fail(f"--device {device}: --sampler vllm takes the first GPU that it sees: give --device "
+            "cuda, and choose the GPU with the environment's CUDA_VISIBLE_DEVICES")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -392,6 +397,12 @@ class Rollout:
     divergences: torch.Tensor | None = None  # opsd.py: (|y|,), student from teacher at each token
 
 
+def stop_ids(model, tokenizer):
+    """The ids that end a response: the tokenizer's EOS, and the model's."""
+    eos = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+
 class HFSampler:
     """Samples from any transformers causal LM with a KV cache.
 
@@ -403,9 +414,7 @@ class HFSampler:
 
     def __init__(self, model, tokenizer, max_rows=512):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        eos = model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        self.stop_ids = {tokenizer.eos_token_id, *eos} - {None}
+        self.stop_ids = stop_ids(model, tokenizer)
 
     def sync(self, model):
         self.model = model
@@ -549,18 +558,22 @@ class WeightSync:
     """Mixed into vLLM's worker (worker_extension_cls), so that the engine calls it in its place."""
 
     def sync_weights(self, weights):
-        self.model_runner.reload_weights(weights_iterator=weights)
         model = self.model_runner.get_model()
-        if self.device.type == "cpu" and hasattr(model, "lm_head"):
-            # A CPU repacks the head's weights, but not again where they are the embeddings'.
+        on_cpu = self.device.type == "cpu"  # vLLM repacks weights there, but these only once
+        if on_cpu:
+            for layer in model.modules():
+                if hasattr(layer, "quant_method") and hasattr(layer.quant_method, "moe_kernel"):
+                    layer.quant_method.moe_kernel = None  # of the experts: to be made anew
+        self.reload_weights(weights_iterator=weights)
+        if on_cpu and hasattr(model, "lm_head"):  # where it is the embeddings'
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class VLLMSampler:
     """Samples with vLLM, in this process, from weights that `sync` copies into the engine.
 
-    On a GPU the engine sleeps while the trainer works: its weights wait in main memory, its cache
-    is dropped. A seed gives the same rollouts again, but not those of HFSampler.
+    It sleeps while the trainer works: on a GPU its weights wait in main memory, and its cache is
+    dropped. A seed gives the same rollouts again, but not those of HFSampler.
     """
 
     def __init__(self, model, tokenizer, problems, args):
@@ -573,53 +586,68 @@ class VLLMSampler:
         if not vllm.__version__.startswith(VLLM_TESTED + "."):
             fail(f"--sampler vllm: vLLM {vllm.__version__} is not {VLLM_TESTED}.x, which this was "
                 f"tested with: pip install vllm=={VLLM_TESTED}.0 (or use --sampler hf)")
-        self.tokenizer, self.on_gpu, self.asleep = tokenizer, model.device.type == "cuda", set()
-        self.params = vllm.SamplingParams
+        self.tokenizer, self.params, self.asleep = tokenizer, vllm.SamplingParams, []
+        on_gpu = model.device.type == "cuda"
         longest = 1000 + max(len(p.problem.encode()) for p in problems)  # a token is a byte or more
-        with tempfile.TemporaryDirectory() as folder:  # its weights come by `sync`
+        with tempfile.TemporaryDirectory() as folder, self.as_it_computes(model):
             model.config.architectures = [type(model).__name__]  # as save_pretrained would
-            model.config.save_pretrained(folder)
-            model.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            self.engine = vllm.LLM(folder, load_format="dummy", dtype=args.dtype,
+            model.config.save_pretrained(folder)  # its weights come by `sync`, prompts as ids
+            self.engine = vllm.LLM(folder, load_format="dummy", skip_tokenizer_init=True,
+                generation_config="vllm", dtype=args.dtype, enable_prefix_caching=True,
                 max_model_len=min(context_limit(model), longest + args.max_new_tokens),
-                enable_prefix_caching=True, logprobs_mode="processed_logprobs", seed=args.seed,
-                gpu_memory_utilization=args.vllm_memory, enable_sleep_mode=self.on_gpu,
-                enforce_eager=not self.on_gpu, worker_extension_cls="rollout.WeightSync")
+                logprobs_mode="processed_logprobs", gpu_memory_utilization=args.vllm_memory,
+                enable_sleep_mode=on_gpu, enforce_eager=not on_gpu,
+                worker_extension_cls="rollout.WeightSync")
         self.sync(model)
+        self.sleep()
+
+    @staticmethod
+    def as_it_computes(model):
+        """The engine has a dtype of its own; under the trainer's autocast it would mix two."""
+        return torch.autocast(model.device.type, enabled=False)
+
+    def sleep(self):
+        self.engine.sleep(level=1)
+        self.asleep = ["weights", "kv_cache"]
 
     def wake(self, *parts):
-        if needed := [part for part in parts if part in self.asleep]:
+        needed = [part for part in parts if part in self.asleep]
+        if needed:
             torch.cuda.empty_cache()  # what the trainer holds without need
             self.engine.wake_up(tags=needed)
-            self.asleep -= set(needed)
+            self.asleep = [part for part in self.asleep if part not in needed]
 
     def sync(self, model):
-        """The trainer's weights -> the engine, in place. Its cache is of the old ones: reset."""
+        """The trainer's weights -> the engine, in place, under the names that a checkpoint has:
+        transformers fuses some, as those of experts. The engine's cache is of the old ones."""
+        self.model, self.stop_ids = model, stop_ids(model, self.tokenizer)
         self.wake("weights")
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            weights = [(name, weight.detach()) for name, weight in model.state_dict().items()]
-            self.engine.collective_rpc("sync_weights", args=(weights,))
+        with self.as_it_computes(model), torch.no_grad():
+            weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
+            weights = revert_weight_conversion(model, weights)
+            self.engine.collective_rpc("sync_weights", args=(weights.items(),))
         self.engine.reset_prefix_cache()
 
     def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
-        """As HFSampler.generate. Token ids in, token ids out; a log-prob for each."""
+        """As HFSampler.generate. Token ids in, token ids out; a log-prob for each. Each rollout has
+        its own seed, fixed by `seed` and its place: vLLM's own would be others after --resume."""
+        check_context(self.model, max(map(len, prompts)), max_new_tokens)
+        places = [prompt for prompt in prompts for _ in range(group_size)]
+        generator = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(2**62, (len(places),), generator=generator).tolist()
+        params = [self.params(seed=own, temperature=temperature, max_tokens=max_new_tokens,
+            stop_token_ids=sorted(self.stop_ids), logprobs=0, detokenize=False) for own in seeds]
         self.wake("weights", "kv_cache")
-        params = self.params(n=group_size, temperature=temperature, max_tokens=max_new_tokens,
-            logprobs=0, detokenize=False)
-        torch.manual_seed(seed)  # the engine lives in this process; a seed per request is slower
-        with torch.autocast("cuda" if self.on_gpu else "cpu", enabled=False):
-            outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params,
-                use_tqdm=False)
+        with self.as_it_computes(self.model):
+            outputs = self.engine.generate(
+                [{"prompt_token_ids": prompt} for prompt in places], params, use_tqdm=False)
+        self.sleep()
         rollouts = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            for o in sorted(output.outputs, key=lambda o: o.index):
-                ids = list(o.token_ids)
-                log_probs = [at[i].logprob for at, i in zip(o.logprobs, ids)]
-                rollouts.append(Rollout(prompt, ids, log_probs, o.finish_reason == "stop"))
-        if self.on_gpu:
-            self.engine.sleep(level=1)
-            self.asleep = {"weights", "kv_cache"}
+        for prompt, output in zip(places, outputs, strict=True):
+            said = output.outputs[0]
+            ids = list(said.token_ids)
+            log_probs = [at[i].logprob for at, i in zip(said.logprobs, ids)]
+            rollouts.append(Rollout(prompt, ids, log_probs, said.finish_reason == "stop"))
         return rollouts
 
 
@@ -853,7 +881,7 @@ def parse_args(parser):
         if path and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
-    require_device(args.device)
+    require_device(args.device, args.sampler)
     args.out = str(out)
     saved = trained_with(args.init)
     if not args.data:

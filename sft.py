@@ -298,8 +298,8 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
-    state = start_run(args, optimizer)
     sampler = make_sampler(model, tokenizer, heldout, args)
+    state = start_run(args, optimizer)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)
