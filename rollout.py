@@ -598,6 +598,9 @@ class VLLMSampler:
                 logprobs_mode="processed_logprobs", gpu_memory_utilization=args.vllm_memory,
                 enable_sleep_mode=on_gpu, enforce_eager=not on_gpu,
                 worker_extension_cls="rollout.WeightSync")
+        if self.engine.model_config.using_transformers_backend():
+            fail(f"--sampler vllm: vLLM has no {type(model).__name__} of its own; it would patch "
+                "the class that is trained here: use --sampler hf")
         self.sync(model)
         self.sleep()
 
