@@ -271,9 +271,10 @@ def test_weights_go_through_the_workers_own_reload():
     assert reloaded == [[("name", None)]]
 
 
-def test_a_prompt_that_does_not_fit(sampler, fails_with):
+def test_a_prompt_that_does_not_fit(engines, sampler, fails_with):
     """vLLM would cut the response short without a word."""
     fails_with(lambda: sampler.generate([[1] * 1990], max_new_tokens=20), "1990 tokens", "--max-new-tokens")
+    assert "generate" not in engines[0].notes
 
 
 def test_every_request_has_a_seed_of_its_own(engines, sampler):
@@ -305,7 +306,8 @@ FEW = {sft: "", rlvr: "--group-size 2", opsd: ""}
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
 def test_the_engine_sleeps_while_the_trainer_works(base, luck, engines, monkeypatch, stage, resume):
     """Before the first measurement and after --resume, too. And it never works under their autocast."""
-    flags = ["--init", base / "sft", TINY, FEW[stage], "--sampler vllm --steps 4 --eval-every 4 --dtype bfloat16"]
+    flags = ["--init", base / "sft", TINY, FEW[stage], "--sampler vllm --steps 4 --eval-every 4"]
+    flags += ["--dtype bfloat16"]
     if resume:
         assert run_stage(stage, *flags, "--stop-after 2 --out out")[0] == 0
         flags = ["--resume"]
