@@ -17,6 +17,7 @@ The last third, from "A run and its folder" on, is plumbing: leave it out at a f
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -37,8 +38,9 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from verify import extract_answer, verify_batch
 
@@ -305,18 +307,73 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     tokenizer = load_tokenizer(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-        for name, value in vars(config.get_text_config()).items():
-            if "drop" in name and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
-                setattr(config.get_text_config(), name, 0.0)
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, attn_implementation=attn_implementation)
+            path, dtype=torch.float32, attn_implementation=attn_implementation)
     except Exception as error:
         fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
             "it from a copy, or run the stage that makes it again)")
-    if gradient_checkpointing:  # it works in train mode only
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval(), tokenizer
+    remove_dropout(model)
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # say, a temperature without do_sample: it could not be saved again
+        model.generation_config = GenerationConfig(bos_token_id=generation.bos_token_id,
+            eos_token_id=generation.eos_token_id, pad_token_id=generation.pad_token_id)
+    model = model.to(device).eval()
+    try:
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        difference = trainer_error(model)
+    except Exception as error:
+        fail(f"{path}: {type(model).__name__} cannot be trained here: {reason(error)}")
+    if not difference <= tolerance(model):
+        fail(f"{path}: {type(model).__name__} would be trained wrong: on a short batch, log-probs "
+            f"as the losses compute them are {difference:.2g} off the model's own")
+    return model, tokenizer
+
+
+def remove_dropout(model):
+    """Sets every rate of dropout to 0, wherever a model keeps it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", module)):
+            for name, value in list(vars(holder).items()):
+                if isinstance(value, float) and "drop" in name:
+                    setattr(holder, name, 0.0)
+
+
+def train_mode(model):
+    """Before a backward pass. Layers that recompute (--gradient-checkpointing) must be in train
+    mode. All else stays as it samples: in train mode some routers draw random numbers."""
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
+
+
+def tolerance(model):
+    """How far apart two ways to the same log-prob may be, in nats: what rounding does, and more."""
+    return 0.2 if torch.is_autocast_enabled(model.device.type) else 1e-3
+
+
+@torch.no_grad()
+def trainer_error(model):
+    """The largest difference of token_log_probs, in the mode that trains, from the log-probs of the
+    model's own logits, each row alone. A model that sees later tokens or padding differs too."""
+    vocab_size = Head(model).out_features
+    ids = [vocab_size * i // 12 for i in range(1, 11)]  # from all of the vocabulary
+    prompts, responses = [ids[:2], ids[2:4]], [ids[4:9], ids[9:]]
+    input_ids, response_mask = collate(prompts, responses, model.device)
+    train_mode(model)
+    log_probs, _ = token_log_probs(model, input_ids, response_mask)
+    model.eval()
+    difference = 0.0
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        row_ids = input_ids[row : row + 1, : len(prompt + response)]
+        expected = model(input_ids=row_ids).logits[0].float().log_softmax(-1)
+        for t in range(len(prompt), len(prompt + response)):
+            one = log_probs[row, t] - expected[t - 1, input_ids[row, t]]
+            difference = max(difference, one.abs().item())
+    return difference
 
 
 def require_checkpoint(path):
@@ -340,8 +397,21 @@ def require_device(device):
 
 
 def context_limit(model):
-    """Tokens that the model has positions for, prompt and response together."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    """Tokens that the model has positions for, prompt and response together.
+
+    YaRN stretches the pretrained length by a factor. In some configs (DeepSeek's)
+    max_position_embeddings is the stretched length, in others (Qwen's) it is not. LongRoPE turns
+    all positions otherwise in a longer sequence, which a cache cannot follow: it ends before.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    pretrained = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "yarn" and pretrained:
+        return max(limit, int(pretrained * (rope.get("factor") or 1)))
+    if rope.get("rope_type") == "longrope" and pretrained:
+        return min(limit, pretrained)
+    return limit
 
 
 def check_context(model, prompt_tokens, new_tokens, whose="prompt"):
@@ -403,6 +473,10 @@ class HFSampler:
 
     def __init__(self, model, tokenizer, max_rows=512):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if model._is_stateful or layers - {DynamicLayer, DynamicSlidingWindowLayer}:
+            fail(f"{type(model).__name__} keeps other things of a prefix than keys and values, "
+                "which plain transformers cannot sample from in groups: give --sampler vllm")
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
         self.stop_ids = {tokenizer.eos_token_id, *eos} - {None}
@@ -442,13 +516,17 @@ class HFSampler:
         cache that grows is copied, and the rest is room. Fewer rows change no rollout."""
         if self.model.device.type != "cuda":
             return self.max_rows
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = tokens * 2 * config.num_hidden_layers * heads * size * 4  # bytes, at most
+        row = tokens * self.bytes_per_token()
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - (
             torch.cuda.memory_allocated())
         return max(1, min(self.max_rows, int(free / 2.5 / row)))
+
+    def bytes_per_token(self):
+        """Keys and values of one token, in all layers."""
+        cache = Cache(self.model.config)
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device),
+            past_key_values=cache, use_cache=True)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     def _generate_chunk(self, prompts, group_size, uniforms, temperature):
         """R = len(prompts) * group_size rows at once -> [(response ids, log-probs)] of length R."""
@@ -461,12 +539,10 @@ class HFSampler:
         stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
 
         # Prefill: each prompt once, then its cache for every member of its group.
-        cache = DynamicCache(config=self.model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
-            for layer in cache.layers]
+        cache = Cache(self.model.config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self.model(input_ids=input_ids, attention_mask=mask.long() if padded else None,
-            position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
+            position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (R, V)
         cache.batch_repeat_interleave(group_size)
         position_ids = lengths.repeat_interleave(group_size, 0)
@@ -497,7 +573,7 @@ class HFSampler:
                 mask, running = mask[keep], running[keep]
             seen = mask[:, : width + t + 1].long() if padded else None
             out = self.model(input_ids=ids[:, None], attention_mask=seen,
-                position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
+                position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, position_ids = out.logits[:, -1], position_ids + 1
         return [(ids[:n].tolist(), log_probs[:n].tolist()) for ids, log_probs, n in zip(
             sampled_ids.cpu(), sampled_log_probs.cpu(), sampled_lengths.tolist())]
@@ -514,6 +590,22 @@ def sample_ids(log_probs, uniforms):
     return ids.clamp(max=log_probs.shape[1] - 1)
 
 
+class Cache(DynamicCache):
+    """Keys and values in the dtype of the computation. RoPE leaves keys in fp32 under autocast, and
+    attention rounds them anyway."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
+            for layer in self.layers]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 class RoomyLayer(DynamicLayer):
     """A cache layer with room to spare. DynamicLayer copies the whole cache for every token."""
 
@@ -526,8 +618,8 @@ class RoomyLayer(DynamicLayer):
             return key_states, value_states
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None or new > self.buffers[0].shape[-2]:
-            rows, heads, _, size = self.keys.shape
-            self.buffers = [x.new_empty(rows, heads, new + max(64, old // 4), size)
+            rows, heads = self.keys.shape[:2]  # in MLA a key and a value differ in size
+            self.buffers = [x.new_empty(rows, heads, new + max(64, old // 4), x.shape[-1])
                 for x in (self.keys, self.values)]
             self.buffers[0][:, :, :old], self.buffers[1][:, :, :old] = self.keys, self.values
         self.buffers[0][:, :, old:new], self.buffers[1][:, :, old:new] = key_states, value_states
@@ -627,7 +719,29 @@ def make_sampler(model, tokenizer, problems, args):
     """--sampler hf or vllm, for prompts of these problems."""
     if args.sampler == "vllm":
         return VLLMSampler(model, tokenizer, problems, args)
+    try:
+        difference = sampler_error(HFSampler(model, tokenizer))
+    except Exception as error:
+        fail(f"{type(model).__name__} cannot be sampled by plain transformers in groups: "
+            f"{reason(error)}; give --sampler vllm")
+    if not difference <= tolerance(model):
+        fail(f"{type(model).__name__} would be sampled wrong: log-probs of a short sample are "
+            f"{difference:.2g} off those of a full forward pass; give --sampler vllm")
     return HFSampler(model, tokenizer)
+
+
+@torch.no_grad()
+def sampler_error(sampler):
+    """The largest difference of a short sample's log-probs from token_log_probs, which caches
+    nothing. Prompts of two lengths, in groups of two; nothing stops."""
+    model, sampler.stop_ids = sampler.model, set()
+    vocab_size = Head(model).out_features
+    ids = [vocab_size * i // 8 for i in range(1, 8)]
+    rollouts = sampler.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
+    input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
+        [r.response_ids for r in rollouts], model.device)
+    log_probs, _ = token_log_probs(model, input_ids, response_mask)
+    return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -721,6 +835,38 @@ def response_hidden_states(model, input_ids, response_mask):
     return hidden[:, :-1][response_mask[:, 1:]]
 
 
+class Head:
+    """A model's own way from hidden states (n, H) to logits (n, V): its forward, around a base model
+    that hands back the hidden states it is given. So a scale (Granite, Cohere), a soft cap (Gemma 2)
+    or a larger head (BERT) is never missed."""
+
+    def __init__(self, model):
+        self.out_features = model.config.get_text_config().vocab_size
+        self.model = copy.copy(model)  # the same weights, other submodules
+        self.model._modules = {**model._modules, model.base_model_prefix: Echo(model.base_model)}
+
+    def __call__(self, hidden):
+        return self.model(inputs_embeds=hidden[None]).logits[0]
+
+
+class Echo:
+    """Stands in for a base model. Its output is what it is given."""
+
+    def __init__(self, base_model):
+        self.base_model = base_model
+
+    def __getattr__(self, name):
+        return self if name == "decoder" else getattr(self.base_model, name)  # OPT calls .decoder
+
+    def __call__(self, *args, inputs_embeds, **kwargs):
+        return Echoed(last_hidden_state=inputs_embeds)
+
+
+class Echoed(BaseModelOutputWithPast):
+    def __getattr__(self, name):
+        return None  # a router's logits and what else other outputs have
+
+
 def in_chunks(function, vocab_size, *tensors):
     """Calls `function` on chunks of rows and concatenates what it returns, a tuple of tensors. The
     backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes."""
@@ -735,16 +881,16 @@ def token_log_probs(model, input_ids, response_mask, temperature=1.0):
 
     The temperature is the sampler's: a sample at 0.7, scored at 1, is scored by another policy.
     """
-    lm_head = model.get_output_embeddings()
+    head = Head(model)
 
     def score(hidden, targets):  # (n, H), (n,)
-        log_probs = F.log_softmax(lm_head(hidden).float() / temperature, -1)  # (n, V)
+        log_probs = F.log_softmax(head(hidden).float() / temperature, -1)  # (n, V)
         entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
         return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
     hidden = response_hidden_states(model, input_ids, response_mask)
     log_probs, entropy = in_chunks(
-        score, lm_head.out_features, hidden, input_ids[response_mask])  # (N,) each
+        score, head.out_features, hidden, input_ids[response_mask])  # (N,) each
     return scatter(log_probs, response_mask), scatter(entropy, response_mask)
 
 
