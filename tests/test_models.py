@@ -1,0 +1,242 @@
+"""Every causal language model of transformers is trained and sampled right, or refused in one line.
+
+A table of architectures. Each is made from its config on the spot, tiny and random, with dropout wherever the
+config has any; saved, loaded as a stage loads it, and checked. A dozen by default; all of them with -m slow.
+"""
+
+import copy
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_gradient, full_log_probs, plain_log_probs, take_gradient
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+import opsd
+import rlvr
+import rollout
+from rollout import HFSampler
+
+logging.set_verbosity_error()
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+BY_DEFAULT = """cohere deepseek_v3 falcon gemma2 gemma3 gpt2 gpt_oss granite llama mixtral opt phi3 qwen3_moe
+    """.split()
+FAMILIES = BY_DEFAULT + """afmoe apertus arcee aria_text axk1 biogpt bitnet bloom cohere2 cohere2_moe ctrl cwm
+    deepseek_v2 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo fuyu gemma gemma3_text
+    gemma4 gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt_bigcode gpt_neo gpt_neox
+    gpt_neox_japanese gptj granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe laguna longcat_flash mellum mimo_v2_flash
+    minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral modernbert-decoder mpt nanochat nemotron
+    olmo olmo2 olmo3 olmoe persimmon phi phi4_multimodal phimoe qwen2 qwen2_moe qwen3 seed_oss smollm3
+    solar_open stablelm starcoder2 vaultgemma xglm youtu""".split()  # fmt: skip
+OTHERS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - FAMILIES)  # each is refused, or right too
+
+SMALL = {  # what a config has of these is set
+    **dict.fromkeys("vocab_size vocab_size_per_layer_input".split(), 400),
+    **dict.fromkeys("hidden_size n_embd d_model embedding_size".split(), 32),
+    **dict.fromkeys("intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim".split(), 64),
+    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 32),
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers".split(), 2),
+    **dict.fromkeys("num_attention_heads n_head n_heads num_heads num_experts_per_tok".split(), 2),
+    **dict.fromkeys("decoder_attention_heads encoder_attention_heads".split(), 2),
+    **dict.fromkeys("num_experts num_local_experts n_routed_experts".split(), 4),
+    **dict.fromkeys("num_key_value_heads n_group topk_group n_shared_experts first_k_dense_replace".split(), 1),
+    **dict.fromkeys("max_position_embeddings n_positions max_seq_len".split(), 512),
+    **dict.fromkeys("q_lora_rank kv_lora_rank qk_nope_head_dim head_dim".split(), 16),
+    **dict.fromkeys("qk_rope_head_dim rotary_dim hidden_size_per_layer_input".split(), 8),
+    **{"v_head_dim": 12, "sliding_window": 24, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1},
+    **{"image_size": 28, "patch_size": 14, "depth": 1},
+}
+MLA = {"num_key_value_heads": 2}  # a key has 16 + 8 numbers, a value 12
+MLA_8 = MLA | {"head_dim": 8}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+DECODER = {"is_decoder": True}
+BERTS = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
+    roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod""".split()
+MORE = {  # what else a config needs, or has but cannot be given (None)
+    **dict.fromkeys("axk2 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3".split(), MLA),
+    **dict.fromkeys("axk1 deepseek_v2 deepseek_v3 longcat_flash youtu".split(), MLA_8),
+    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), LINEAR),
+    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), {"text_config": LINEAR}),
+    **dict.fromkeys(BERTS, DECODER),
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "codegen": {"n_head": 4, "rotary_dim": 4},
+    "diffllama": {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "falcon": {"head_dim": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+        "layer_types": ["mamba", "attention"]},  # fmt: skip
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
+    "kimi_linear": MLA | LINEAR | {"linear_head_dim": 8, "linear_num_heads": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "phi4_multimodal": {"audio_config": {"num_blocks": 1}},
+    "prophetnet": {"num_hidden_layers": None},
+    "rembert": DECODER | {"input_embedding_size": 32, "output_embedding_size": 32},
+    "reformer": DECODER | {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16],
+        "attn_layers": ["local", "local"]},  # fmt: skip
+    "roc_bert": DECODER | {"enable_pronunciation": False, "enable_shape": False},
+    "xlnet": {"max_position_embeddings": None},
+    "xlstm": {"v_head_dim": None},
+    "xmod": DECODER | {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def small_shape(config_class, more):
+    """Arguments that make a config small; configs within a config too. Every rate of dropout is 0.1."""
+    known = config_class().to_dict()
+    shape = {name: size for name, size in SMALL.items() if name in known or hasattr(config_class(), name)}
+    shape |= {name: 0.1 for name, value in known.items() if "drop" in name and isinstance(value, float)}
+    for name, inner in (config_class.sub_configs or {}).items():
+        if hasattr(inner, "model_type"):
+            shape[name] = small_shape(inner, more.get(name, {}))
+    shape |= {name: value for name, value in more.items() if name not in config_class.sub_configs}
+    return {name: value for name, value in shape.items() if value is not None}
+
+
+def make_model(name):
+    config_class = CONFIG_MAPPING[name]
+    config = config_class(**small_shape(config_class, MORE.get(name, {})))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert size < 20e6, f"{size} parameters"
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is checked of each
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """saved(name, ...) -> the folder of a tiny model of this architecture, with a tokenizer."""
+
+    def save(name, change=None):
+        model = make_model(name)
+        if change:
+            change(model)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture
+def few_problems(write_jsonl):
+    rows = [{"problem": f"What is {i}+{i}?", "answer": str(2 * i), "solution": f"{i}+{i}={2 * i}."} for i in range(60)]
+    return write_jsonl(rows)
+
+
+# Shorter and longer than a sliding window of 24, so that prompts are padded on the left and windows move.
+PROMPTS = [[3 + i] + [(37 * i + 11 * j) % 390 + 2 for j in range(width)] for i, width in enumerate([40, 1, 6, 19])]
+
+
+def sample(model, tokenizer):
+    """Groups of three; two ids beside EOS stop, so that rows leave the batch."""
+    sampler = rollout.make_sampler(model, tokenizer, [], SimpleNamespace(sampler="hf"))
+    sampler.stop_ids |= {*range(2, 40)}
+    rollouts = sampler.generate(PROMPTS, 3, max_new_tokens=14, seed=3)
+    assert len({len(r.response_ids) for r in rollouts}) > 2
+    return rollouts
+
+
+def gradient_of(model, rollouts):
+    """-> log-probs (B, T), and the gradient of a sum of all of them with unlike weights."""
+    input_ids, response_mask = rollout.collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    rollout.train_mode(model)
+    log_probs, _ = rollout.token_log_probs(model, input_ids, response_mask)
+    (log_probs * torch.linspace(-1, 1, log_probs.numel()).view(log_probs.shape)).sum().backward()
+    return log_probs.detach(), response_mask, take_gradient(model)
+
+
+def plain_gradient_of(model, rollouts, width):
+    """The same gradient through model(...).logits, one sequence at a time."""
+    weights = torch.linspace(-1, 1, len(rollouts) * width).view(len(rollouts), width)
+    for r, row in zip(rollouts, weights):
+        log_probs = plain_log_probs(model, r.prompt_ids, r.response_ids)
+        first = len(r.prompt_ids)
+        (log_probs * row[first : first + len(log_probs)]).sum().backward()
+    return take_gradient(model)
+
+
+def check_log_probs_and_gradients(folder, tokenizer):
+    """Trainer = sampler = the model's own logits; the same for gradients, recomputed or not."""
+    model, _ = rollout.load_model(folder)
+    rollouts = sample(model, tokenizer)
+    log_probs, response_mask, gradient = gradient_of(model, rollouts)
+    model.eval()
+    for r, row, mask in zip(rollouts, log_probs, response_mask):
+        with torch.no_grad():
+            plain = plain_log_probs(model, r.prompt_ids, r.response_ids)
+        torch.testing.assert_close(row[mask], plain, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(r.log_probs), row[mask], rtol=0, atol=1e-4)
+    scale = gradient.abs().max()
+    assert_same_gradient(gradient / scale, plain_gradient_of(model, rollouts, log_probs.shape[1]) / scale)
+    if model.supports_gradient_checkpointing:
+        model, _ = rollout.load_model(folder, gradient_checkpointing=True)
+        assert model.is_gradient_checkpointing
+        for _ in range(2):  # two equal passes
+            again, _, recomputed = gradient_of(model, rollouts)
+            assert torch.equal(again, log_probs)
+            assert_same_gradient(recomputed / scale, gradient / scale)
+    return model
+
+
+def check_a_step(folder, data, stage, flags, set_flags, tmp_path):
+    """One step of rlvr.py or opsd.py: it trains, and trains the policy that it sampled."""
+    set_flags("--init", folder, "--data", data, "--overwrite", "--steps", 1, "--batch-size", 2, "--group-size", 2,
+        "--micro-batch-size", 4, "--eval-problems", 1, "--max-new-tokens", 12, "--lr", 1e-3, *flags)  # fmt: skip
+    stage.main()
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    row = next(row for row in map(json.loads, lines) if "grad_norm" in row)
+    assert row["grad_norm"] > 1e-4 and abs(row["kl/sample_train"]) < 1e-6
+
+
+def check_saving(model, folder):
+    """What is trained is what is found again: experts, tied weights and all."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p += 0.01 * torch.sin(torch.arange(p.numel()).float() + i).view(p.shape)
+        expected = full_log_probs(model.eval(), PROMPTS[0], PROMPTS[1])
+        model.save_pretrained(folder)
+        again, _ = rollout.load_model(folder)
+        torch.testing.assert_close(full_log_probs(again, PROMPTS[0], PROMPTS[1]), expected, rtol=0, atol=1e-5)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, again)]  # a tied weight counts once
+    assert sizes[0] == sizes[1]
+
+
+def check(folder, tokenizer, data, set_flags, tmp_path, monkeypatch):
+    model = check_log_probs_and_gradients(folder, tokenizer)
+    # Random weights earn no reward; this one differs within a group.
+    monkeypatch.setattr(rlvr, "reward_of", lambda r, function: float(sum(r.response_ids) % 7))
+    check_a_step(folder, data, rlvr, ["--truncated", "penalize"], set_flags, tmp_path)
+    check_a_step(folder, data, opsd, ["--gradient-checkpointing"] * model.supports_gradient_checkpointing,
+        set_flags, tmp_path)  # fmt: skip
+    check_saving(model, folder)
+
+
+@pytest.mark.parametrize(
+    "name", BY_DEFAULT + [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in BY_DEFAULT]
+)
+def test_an_architecture_is_trained_and_sampled_right(name, saved, tokenizer, few_problems, set_flags, tmp_path,
+    monkeypatch):  # fmt: skip
+    """Granite's logits are scaled, Gemma's capped, DeepSeek's values shorter than its keys, OPT drops whole
+    layers: each of these once trained another policy than it sampled."""
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {name}")
+    folder = saved(name)
+    check(folder, tokenizer, few_problems, set_flags, tmp_path, monkeypatch)
