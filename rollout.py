@@ -312,13 +312,16 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     except Exception as error:
         fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
             "it from a copy, or run the stage that makes it again)")
+    known = KNOWN_FAULTS.get(model.config.model_type)
+    if known:
+        fail(f"{path}: {model.config.model_type} is not trained right: {known}")
     remove_dropout(model)
-    generation = model.generation_config
+    saved = model.generation_config
     try:
-        generation.validate(strict=True)
-    except ValueError:  # say, a temperature without do_sample: it could not be saved again
-        model.generation_config = GenerationConfig(bos_token_id=generation.bos_token_id,
-            eos_token_id=generation.eos_token_id, pad_token_id=generation.pad_token_id)
+        saved.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, say, with which no save would work
+        model.generation_config = GenerationConfig(bos_token_id=saved.bos_token_id,
+            eos_token_id=saved.eos_token_id, pad_token_id=saved.pad_token_id)
     model = model.to(device).eval()
     try:
         if gradient_checkpointing:
@@ -327,15 +330,21 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     except Exception as error:
         fail(f"{path}: {type(model).__name__} cannot be trained here: {reason(error)}")
     if not difference <= tolerance(model):
-        fail(f"{path}: {type(model).__name__} would be trained wrong: on a short batch, log-probs "
-            f"as the losses compute them are {difference:.2g} off the model's own")
+        fail(f"{path}: {type(model).__name__} would be trained wrong: on a short batch, the losses' "
+            f"log-probs are {difference:.2g} off those of the model's own logits")
     return model, tokenizer
+
+
+KNOWN_FAULTS = {  # of transformers 5.19, which a short batch does not show
+    "moshi": "its cache forgets what its attention still sees",
+    "youtu": "transformers sets the padding token's embedding to 0 whenever it loads one",
+}
 
 
 def remove_dropout(model):
     """Sets every rate of dropout to 0, wherever a model keeps it."""
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", module)):
             for name, value in list(vars(holder).items()):
@@ -366,14 +375,13 @@ def trainer_error(model):
     train_mode(model)
     log_probs, _ = token_log_probs(model, input_ids, response_mask)
     model.eval()
-    difference = 0.0
+    expected = torch.zeros_like(log_probs)
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        row_ids = input_ids[row : row + 1, : len(prompt + response)]
-        expected = model(input_ids=row_ids).logits[0].float().log_softmax(-1)
+        logits = model(input_ids=torch.tensor([prompt + response], device=model.device)).logits[0]
+        plain = logits.float().log_softmax(-1)  # (T, V)
         for t in range(len(prompt), len(prompt + response)):
-            one = log_probs[row, t] - expected[t - 1, input_ids[row, t]]
-            difference = max(difference, one.abs().item())
-    return difference
+            expected[row, t] = plain[t - 1, input_ids[row, t]]
+    return (log_probs - expected).abs().max().item()
 
 
 def require_checkpoint(path):
@@ -475,8 +483,8 @@ class HFSampler:
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
         if model._is_stateful or layers - {DynamicLayer, DynamicSlidingWindowLayer}:
-            fail(f"{type(model).__name__} keeps other things of a prefix than keys and values, "
-                "which plain transformers cannot sample from in groups: give --sampler vllm")
+            fail(f"--sampler hf: {type(model).__name__} keeps more of a prefix than keys and values "
+                "(recurrent states, say): give --sampler vllm")
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
         self.stop_ids = {tokenizer.eos_token_id, *eos} - {None}
@@ -722,11 +730,11 @@ def make_sampler(model, tokenizer, problems, args):
     try:
         difference = sampler_error(HFSampler(model, tokenizer))
     except Exception as error:
-        fail(f"{type(model).__name__} cannot be sampled by plain transformers in groups: "
-            f"{reason(error)}; give --sampler vllm")
+        fail(f"--sampler hf: {type(model).__name__} cannot be sampled: {reason(error)}; give "
+            "--sampler vllm")
     if not difference <= tolerance(model):
-        fail(f"{type(model).__name__} would be sampled wrong: log-probs of a short sample are "
-            f"{difference:.2g} off those of a full forward pass; give --sampler vllm")
+        fail(f"--sampler hf: {type(model).__name__} would be sampled wrong: a short sample's "
+            f"log-probs are {difference:.2g} off the trainer's; give --sampler vllm")
     return HFSampler(model, tokenizer)
 
 
@@ -836,9 +844,9 @@ def response_hidden_states(model, input_ids, response_mask):
 
 
 class Head:
-    """A model's own way from hidden states (n, H) to logits (n, V): its forward, around a base model
-    that hands back the hidden states it is given. So a scale (Granite, Cohere), a soft cap (Gemma 2)
-    or a larger head (BERT) is never missed."""
+    """A model's own way from hidden states (n, H) to logits (n, V): its forward, with a base model
+    that hands back the hidden states it is given. So a scale (Granite, Cohere) or a soft cap (Gemma
+    2) is never missed."""
 
     def __init__(self, model):
         self.out_features = model.config.get_text_config().vocab_size

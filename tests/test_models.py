@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_gradient, full_log_probs, plain_log_probs, take_gradient
+from conftest import ROOT, full_log_probs, plain_log_probs, take_gradient
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -29,14 +29,14 @@ logging.set_verbosity_error()
 
 BY_DEFAULT = """cohere deepseek_v3 falcon gemma2 gemma3 gpt2 gpt_oss granite llama mixtral opt phi3 qwen3_moe
     """.split()
-FAMILIES = BY_DEFAULT + """afmoe apertus arcee aria_text axk1 biogpt bitnet bloom cohere2 cohere2_moe ctrl cwm
-    deepseek_v2 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo fuyu gemma gemma3_text
+FAMILIES = BY_DEFAULT + """afmoe apertus arcee aria_text axk1 biogpt bitnet bloom codegen cohere2
+    cohere2_moe cohere_compass_text ctrl cwm    deepseek_v2 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo fuyu gemma gemma3_text gemma3n_text
     gemma4 gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt_bigcode gpt_neo gpt_neox
     gpt_neox_japanese gptj granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
     hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe laguna longcat_flash mellum mimo_v2_flash
     minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral modernbert-decoder mpt nanochat nemotron
-    olmo olmo2 olmo3 olmoe persimmon phi phi4_multimodal phimoe qwen2 qwen2_moe qwen3 seed_oss smollm3
-    solar_open stablelm starcoder2 vaultgemma xglm youtu""".split()  # fmt: skip
+    olmo olmo2 olmo3 olmoe persimmon phi phimoe qwen2 qwen2_moe qwen3 seed_oss smollm3
+    solar_open stablelm starcoder2 vaultgemma xglm""".split()  # fmt: skip
 OTHERS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - FAMILIES)  # each is refused, or right too
 
 SMALL = {  # what a config has of these is set
@@ -63,15 +63,24 @@ DECODER = {"is_decoder": True}
 BERTS = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
     roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod""".split()
 MORE = {  # what else a config needs, or has but cannot be given (None)
-    **dict.fromkeys("axk2 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3".split(), MLA),
+    **dict.fromkeys("axk2 deepseek_v32 glm4_moe_lite glm_moe_dsa".split(), MLA),
     **dict.fromkeys("axk1 deepseek_v2 deepseek_v3 longcat_flash youtu".split(), MLA_8),
     **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), LINEAR),
     **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), {"text_config": LINEAR}),
     **dict.fromkeys(BERTS, DECODER),
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
-    "codegen": {"n_head": 4, "rotary_dim": 4},
-    "diffllama": {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "codegen": {"n_head": 4, "num_attention_heads": 4, "rotary_dim": 4},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * 2, "rope_parameters": {"full_attention": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}},
+    "ctrl": {"dff": 64},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64}},
+    "diffllama": {"num_key_value_heads": 2, "num_attention_heads": 4, "attention_dropout": 0.0},
     "falcon": {"head_dim": None},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+        "laurel_rank": 8, "activation_sparsity_pattern": [0.0, 0.0]},
+    "got_ocr2": {"text_config": {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2,
+        "vocab_size": 400}, "vision_config": {"output_channels": 32, "global_attn_indexes": [1], "mlp_dim": 64}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
         "layer_types": ["mamba", "attention"]},  # fmt: skip
@@ -80,6 +89,7 @@ MORE = {  # what else a config needs, or has but cannot be given (None)
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "minicpm3": MLA | {"dim_model_base": 16},
     "phi4_multimodal": {"audio_config": {"num_blocks": 1}},
     "prophetnet": {"num_hidden_layers": None},
     "rembert": DECODER | {"input_embedding_size": 32, "output_embedding_size": 32},
@@ -89,19 +99,21 @@ MORE = {  # what else a config needs, or has but cannot be given (None)
     "xlnet": {"max_position_embeddings": None},
     "xlstm": {"v_head_dim": None},
     "xmod": DECODER | {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 
 def small_shape(config_class, more):
     """Arguments that make a config small; configs within a config too. Every rate of dropout is 0.1."""
-    known = config_class().to_dict()
-    shape = {name: size for name, size in SMALL.items() if name in known or hasattr(config_class(), name)}
-    shape |= {name: 0.1 for name, value in known.items() if "drop" in name and isinstance(value, float)}
+    default = config_class()
+    shape = {name: size for name, size in SMALL.items() if name in vars(default) or hasattr(default, name)}
+    shape |= {name: 0.1 for name, value in vars(default).items() if "drop" in name and isinstance(value, float)}
+    shape |= more
     for name, inner in (config_class.sub_configs or {}).items():
         if hasattr(inner, "model_type"):
             shape[name] = small_shape(inner, more.get(name, {}))
-    shape |= {name: value for name, value in more.items() if name not in config_class.sub_configs}
     return {name: value for name, value in shape.items() if value is not None}
 
 
@@ -110,7 +122,7 @@ def make_model(name):
     config = config_class(**small_shape(config_class, MORE.get(name, {})))
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    assert size < 20e6, f"{size} parameters"
+    assert size < 40e6, f"{size} parameters"
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -150,7 +162,7 @@ def sample(model, tokenizer):
     sampler = rollout.make_sampler(model, tokenizer, [], SimpleNamespace(sampler="hf"))
     sampler.stop_ids |= {*range(2, 40)}
     rollouts = sampler.generate(PROMPTS, 3, max_new_tokens=14, seed=3)
-    assert len({len(r.response_ids) for r in rollouts}) > 2
+    assert len({len(r.response_ids) for r in rollouts}) > 1
     return rollouts
 
 
@@ -173,6 +185,11 @@ def plain_gradient_of(model, rollouts, width):
     return take_gradient(model)
 
 
+def assert_close_gradient(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+    assert expected.abs().max() > 1e-3
+
+
 def check_log_probs_and_gradients(folder, tokenizer):
     """Trainer = sampler = the model's own logits; the same for gradients, recomputed or not."""
     model, _ = rollout.load_model(folder)
@@ -184,15 +201,14 @@ def check_log_probs_and_gradients(folder, tokenizer):
             plain = plain_log_probs(model, r.prompt_ids, r.response_ids)
         torch.testing.assert_close(row[mask], plain, rtol=0, atol=1e-4)
         torch.testing.assert_close(torch.tensor(r.log_probs), row[mask], rtol=0, atol=1e-4)
-    scale = gradient.abs().max()
-    assert_same_gradient(gradient / scale, plain_gradient_of(model, rollouts, log_probs.shape[1]) / scale)
+    assert_close_gradient(gradient, plain_gradient_of(model, rollouts, log_probs.shape[1]))
     if model.supports_gradient_checkpointing:
         model, _ = rollout.load_model(folder, gradient_checkpointing=True)
         assert model.is_gradient_checkpointing
         for _ in range(2):  # two equal passes
             again, _, recomputed = gradient_of(model, rollouts)
             assert torch.equal(again, log_probs)
-            assert_same_gradient(recomputed / scale, gradient / scale)
+            assert_close_gradient(recomputed, gradient)
     return model
 
 
@@ -222,7 +238,7 @@ def check_saving(model, folder):
 def check(folder, tokenizer, data, set_flags, tmp_path, monkeypatch):
     model = check_log_probs_and_gradients(folder, tokenizer)
     # Random weights earn no reward; this one differs within a group.
-    monkeypatch.setattr(rlvr, "reward_of", lambda r, function: float(sum(r.response_ids) % 7))
+    monkeypatch.setattr(rlvr, "reward_of", lambda r, function: float(sum(r.response_ids) % 97))
     check_a_step(folder, data, rlvr, ["--truncated", "penalize"], set_flags, tmp_path)
     check_a_step(folder, data, opsd, ["--gradient-checkpointing"] * model.supports_gradient_checkpointing,
         set_flags, tmp_path)  # fmt: skip
@@ -240,3 +256,46 @@ def test_an_architecture_is_trained_and_sampled_right(name, saved, tokenizer, fe
         pytest.skip(f"this transformers has no {name}")
     folder = saved(name)
     check(folder, tokenizer, few_problems, set_flags, tmp_path, monkeypatch)
+
+
+NOT_MADE = {  # no tiny one can be made from its config alone
+    "gemma3n": "its vision tower is timm's",
+    "gemma4_assistant": "a draft model without embeddings of its own",
+    "gemma4_unified_assistant": "a draft model without embeddings of its own",
+    "musicgen": "it is built around a text encoder and an audio encoder",
+    "musicgen_melody": "it is built around a text encoder and an audio encoder",
+}
+
+
+def load_for_both(folder, tokenizer):
+    """As a stage does, with the sampler hf."""
+    model, _ = rollout.load_model(folder)
+    rollout.make_sampler(model, tokenizer, [], SimpleNamespace(sampler="hf"))
+
+
+def refusal(call, capsys):
+    """The one line that a refusal prints, or None where there is none."""
+    capsys.readouterr()
+    try:
+        call()
+    except SystemExit as error:
+        lines = capsys.readouterr().err.strip().split("\n")
+        assert error.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_one_is_refused_or_right(name, saved, tokenizer, few_problems, set_flags, tmp_path, monkeypatch,
+    capsys):  # fmt: skip
+    """Encoders see later tokens, some decoders count padding as positions, recurrent states know no padding."""
+    try:
+        folder = saved(name)
+    except Exception as error:
+        if name in NOT_MADE:
+            pytest.skip(NOT_MADE[name])
+        raise
+    said = refusal(lambda: load_for_both(folder, tokenizer), capsys)
+    if said is None:
+        check(folder, tokenizer, few_problems, set_flags, tmp_path, monkeypatch)
+    print(name, said or "right")
