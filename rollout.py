@@ -330,8 +330,8 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     except Exception as error:
         fail(f"{path}: {type(model).__name__} cannot be trained here: {reason(error)}")
     if not difference <= tolerance(model):
-        fail(f"{path}: {type(model).__name__} would be trained wrong: on a short batch, the losses' "
-            f"log-probs are {difference:.2g} off those of the model's own logits")
+        fail(f"{path}: {type(model).__name__} would be trained wrong: log-probs of a short batch, as "
+            f"the losses compute them, are {difference:.2g} off those of the model's own logits")
     return model, tokenizer
 
 
@@ -412,7 +412,8 @@ def context_limit(model):
     all positions otherwise in a longer sequence, which a cache cannot follow: it ends before.
     """
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limit = limit or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
     pretrained = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "yarn" and pretrained:
@@ -483,8 +484,8 @@ class HFSampler:
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
         if model._is_stateful or layers - {DynamicLayer, DynamicSlidingWindowLayer}:
-            fail(f"--sampler hf: {type(model).__name__} keeps more of a prefix than keys and values "
-                "(recurrent states, say): give --sampler vllm")
+            fail(f"--sampler hf: {type(model).__name__} keeps more of a prefix than keys and "
+                "values (recurrent states, say): give --sampler vllm")
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
         self.stop_ids = {tokenizer.eos_token_id, *eos} - {None}
@@ -557,7 +558,8 @@ class HFSampler:
         mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
         mask = mask.repeat_interleave(group_size, 0)
 
-        uniforms = uniforms.to(device)
+        exact = "cpu" if device.type == "mps" else device  # MPS has no float64
+        uniforms = uniforms.to(exact)
         sampled_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         sampled_log_probs = torch.zeros(rows, max_new_tokens, device=device)
         sampled_lengths = torch.full((rows,), max_new_tokens, device=device)
@@ -565,7 +567,10 @@ class HFSampler:
         running = torch.ones(rows, dtype=torch.bool, device=device)  # rows that have not ended yet
         for t in tqdm(range(max_new_tokens), "sampling", leave=False, disable=None, delay=3):
             log_probs = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
-            ids = sample_ids(log_probs, uniforms[row, t]) if temperature else log_probs.argmax(-1)
+            if temperature:
+                ids = sample_ids(log_probs.to(exact), uniforms[row.to(exact), t]).to(device)
+            else:
+                ids = log_probs.argmax(-1)
             sampled_ids[row, t] = ids
             sampled_log_probs[row, t] = log_probs.gather(1, ids[:, None])[:, 0]
             ended = running & torch.isin(ids, stop_ids)
