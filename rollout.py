@@ -312,9 +312,8 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     except Exception as error:
         fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
             "it from a copy, or run the stage that makes it again)")
-    known = KNOWN_FAULTS.get(model.config.model_type)
-    if known:
-        fail(f"{path}: {model.config.model_type} is not trained right: {known}")
+    if model.config.model_type in KNOWN_FAULTS:
+        fail(f"{path}: {type(model).__name__}: {KNOWN_FAULTS[model.config.model_type]}")
     remove_dropout(model)
     saved = model.generation_config
     try:
@@ -323,15 +322,11 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
         model.generation_config = GenerationConfig(bos_token_id=saved.bos_token_id,
             eos_token_id=saved.eos_token_id, pad_token_id=saved.pad_token_id)
     model = model.to(device).eval()
-    try:
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        difference = trainer_error(model)
-    except Exception as error:
-        fail(f"{path}: {type(model).__name__} cannot be trained here: {reason(error)}")
-    if not difference <= tolerance(model):
-        fail(f"{path}: {type(model).__name__} would be trained wrong: log-probs of a short batch, as "
-            f"the losses compute them, are {difference:.2g} off those of the model's own logits")
+    if gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_at_start(model, f"{path}: {type(model).__name__} is not trained right", trainer_error)
     return model, tokenizer
 
 
@@ -359,9 +354,16 @@ def train_mode(model):
         module.training = getattr(module, "gradient_checkpointing", False)
 
 
-def tolerance(model):
-    """How far apart two ways to the same log-prob may be, in nats: what rounding does, and more."""
-    return 0.2 if torch.is_autocast_enabled(model.device.type) else 1e-3
+def check_at_start(model, fault, error_of):
+    """Refuses a model on which two ways to the same log-probs, in nats, differ by more than they do
+    from rounding."""
+    allowed = 0.2 if torch.is_autocast_enabled(model.device.type) else 1e-3
+    try:
+        difference = error_of(model)
+    except Exception as error:
+        fail(f"{fault}: {reason(error)}")
+    if not difference <= allowed:
+        fail(f"{fault}: log-probs of a short batch are {difference:.2g} off, {allowed} at most")
 
 
 @torch.no_grad()
@@ -375,13 +377,12 @@ def trainer_error(model):
     train_mode(model)
     log_probs, _ = token_log_probs(model, input_ids, response_mask)
     model.eval()
-    expected = torch.zeros_like(log_probs)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        logits = model(input_ids=torch.tensor([prompt + response], device=model.device)).logits[0]
-        plain = logits.float().log_softmax(-1)  # (T, V)
-        for t in range(len(prompt), len(prompt + response)):
-            expected[row, t] = plain[t - 1, input_ids[row, t]]
-    return (log_probs - expected).abs().max().item()
+    plain = []
+    for prompt, response in zip(prompts, responses):
+        row = torch.tensor([prompt + response], device=model.device)
+        logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1].float()  # (|y|, V)
+        plain.append(logits.log_softmax(-1).gather(1, row[0, len(prompt) :, None])[:, 0])
+    return (log_probs[response_mask] - torch.cat(plain)).abs().max().item()
 
 
 def require_checkpoint(path):
@@ -519,6 +520,17 @@ class HFSampler:
                 finished = ids[-1] in self.stop_ids
                 rollouts[place] = Rollout(prompts[place // group_size], ids, log_probs, finished)
         return rollouts
+
+    @torch.no_grad()
+    def error(self, model):
+        """The largest difference of a short sample's log-probs from token_log_probs, which has no
+        cache: prompts of two lengths, in groups."""
+        ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
+        rollouts = self.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
+        input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
+            [r.response_ids for r in rollouts], model.device)
+        log_probs, _ = token_log_probs(model, input_ids, response_mask)
+        return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
 
     def rows_that_fit(self, tokens):
         """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
@@ -732,29 +744,10 @@ def make_sampler(model, tokenizer, problems, args):
     """--sampler hf or vllm, for prompts of these problems."""
     if args.sampler == "vllm":
         return VLLMSampler(model, tokenizer, problems, args)
-    try:
-        difference = sampler_error(HFSampler(model, tokenizer))
-    except Exception as error:
-        fail(f"--sampler hf: {type(model).__name__} cannot be sampled: {reason(error)}; give "
-            "--sampler vllm")
-    if not difference <= tolerance(model):
-        fail(f"--sampler hf: {type(model).__name__} would be sampled wrong: a short sample's "
-            f"log-probs are {difference:.2g} off the trainer's; give --sampler vllm")
-    return HFSampler(model, tokenizer)
-
-
-@torch.no_grad()
-def sampler_error(sampler):
-    """The largest difference of a short sample's log-probs from token_log_probs, which caches
-    nothing. Prompts of two lengths, in groups of two; nothing stops."""
-    model, sampler.stop_ids = sampler.model, set()
-    vocab_size = Head(model).out_features
-    ids = [vocab_size * i // 8 for i in range(1, 8)]
-    rollouts = sampler.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
-    input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
-        [r.response_ids for r in rollouts], model.device)
-    log_probs, _ = token_log_probs(model, input_ids, response_mask)
-    return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
+    sampler = HFSampler(model, tokenizer)
+    fault = f"--sampler hf does not sample {type(model).__name__} right (is there --sampler vllm?)"
+    check_at_start(model, fault, sampler.error)
+    return sampler
 
 
 # --------------------------------------------------------------------------------------------------
