@@ -36,10 +36,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from rollout import check_context, collate, evaluate, fail, load_model, load_problems, make_sampler
-from rollout import not_negative, positive, read_problems, render_prompt, require_checkpoint
-from rollout import require_device, response_hidden_states, sample_row, seed_number, share
-from rollout import trained_with
+from rollout import Head, check_context, collate, evaluate, fail, load_model, load_problems
+from rollout import make_sampler, not_negative, positive, read_problems, render_prompt
+from rollout import require_checkpoint, require_device, response_hidden_states, sample_row
+from rollout import seed_number, share, trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -387,7 +387,7 @@ def teacher_gap(model, tokenizer, rollout, thinking):
         check_context(model, len(prompt_ids), len(response_ids))
         input_ids, response_mask = collate([prompt_ids], [response_ids], model.device)
         hidden = response_hidden_states(model, input_ids, response_mask)  # (|y|, H)
-        logits = model.get_output_embeddings()(hidden).float()  # (|y|, V)
+        logits = Head(model)(hidden).float()  # (|y|, V)
         log_probs.append(logits.log_softmax(-1).cpu())
     return log_probs
 

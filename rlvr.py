@@ -38,7 +38,7 @@ from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, collate, 
 from rollout import fitting, k3_kl, label_rollouts, load_model, load_problems, log_samples
 from rollout import make_sampler, micro_batches, not_negative, number, parse_args, positive
 from rollout import render_prompt, run_in, sampler_log_probs, save_checkpoint, share, start_run
-from rollout import summarize, token_log_probs
+from rollout import summarize, token_log_probs, train_mode
 
 
 def get_args():
@@ -136,7 +136,7 @@ def accumulate_gradients(model, reference, rollouts, args):
     rollouts: those kept, each with its advantage. The loss is one weighted sum over all tokens. Its
     weights are fixed before the split, so the micro-batch size changes no gradient.
     """
-    model.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(model)  # --gradient-checkpointing asks for it; there is no dropout
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     weights = sequence_weights(lengths, args.loss_normalization, args.max_new_tokens)
     for rollout, weight in zip(rollouts, weights.tolist()):

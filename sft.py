@@ -36,7 +36,7 @@ from rollout import APPLY, INSTRUCTION, PRIVILEGED, Formatter, Interrupt, add_ru
 from rollout import append_jsonl, check_context, collate, draw, evaluate, fail, fitting, load_model
 from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
 from rollout import parse_args, positive, render_prompt, require_solutions, run_in, save_checkpoint
-from rollout import sequence_length, share, start_run, summarize, token_log_probs
+from rollout import sequence_length, share, start_run, summarize, token_log_probs, train_mode
 
 
 def get_args():
@@ -80,7 +80,7 @@ def sft_loss(policy_log_probs, response_mask, num_tokens):
 
 def accumulate_gradients(model, examples, micro_batch_size):
     """Adds the gradient of the batch's loss to .grad, by micro-batches; returns the loss."""
-    model.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(model)  # --gradient-checkpointing asks for it; there is no dropout
     num_tokens = sum(len(example.response_ids) for example in examples)
     loss = 0.0
     for micro in micro_batches(examples, micro_batch_size):
