@@ -627,7 +627,8 @@ class Cache(DynamicCache):
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_autocast_enabled(key_states.device.type):
             dtype = torch.get_autocast_dtype(key_states.device.type)
-            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+            key_states = key_states.to(dtype)
+            value_states = value_states.to(dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
 
