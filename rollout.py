@@ -526,11 +526,14 @@ class HFSampler:
         """The largest difference of a short sample's log-probs from token_log_probs, which has no
         cache: prompts of two lengths, in groups."""
         ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
-        rollouts = self.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
-        input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
-            [r.response_ids for r in rollouts], model.device)
+        first, second = ids[:5], ids[5:]
+        uniforms = torch.linspace(0.01, 0.99, 24, dtype=torch.float64).view(4, 6)
+        sampled = self._generate_chunk([first, second], 2, uniforms, 1.0)
+        input_ids, response_mask = collate([first, first, second, second],
+            [response for response, _ in sampled], model.device)
+        sampler_log_probs = torch.tensor([x for _, log_probs in sampled for x in log_probs])
         log_probs, _ = token_log_probs(model, input_ids, response_mask)
-        return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
+        return (log_probs[response_mask].cpu() - sampler_log_probs).abs().max().item()
 
     def rows_that_fit(self, tokens):
         """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
