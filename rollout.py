@@ -536,11 +536,14 @@ class HFSampler:
         """The largest difference of a short sample's log-probs from token_log_probs, which has no
         cache: prompts of two lengths, in groups."""
         ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
-        rollouts = self.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
-        input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
-            [r.response_ids for r in rollouts], model.device)
+        first, second = ids[:5], ids[5:]
+        uniforms = torch.linspace(0.01, 0.99, 24, dtype=torch.float64).view(4, 6)
+        sampled = self._generate_chunk([first, second], 2, uniforms, 1.0)
+        input_ids, response_mask = collate([first, first, second, second],
+            [response for response, _ in sampled], model.device)
+        sampler_log_probs = torch.tensor([x for _, log_probs in sampled for x in log_probs])
         log_probs, _ = token_log_probs(model, input_ids, response_mask)
-        return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
+        return (log_probs[response_mask].cpu() - sampler_log_probs).abs().max().item()
 
     def rows_that_fit(self, tokens):
         """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
@@ -637,7 +640,8 @@ class Cache(DynamicCache):
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_autocast_enabled(key_states.device.type):
             dtype = torch.get_autocast_dtype(key_states.device.type)
-            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+            key_states = key_states.to(dtype)
+            value_states = value_states.to(dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -717,16 +721,14 @@ class VLLMSampler:
                     logprobs_mode="processed_logprobs", gpu_memory_utilization=args.vllm_memory,
                     enable_sleep_mode=on_gpu, enforce_eager=not on_gpu,
                     worker_extension_cls="rollout.WeightSync")
+            if self.engine.model_config.using_transformers_backend():
+                fail(f"--sampler vllm: vLLM has no {type(model).__name__} of its own; it would "
+                    "patch the class that is trained here: use --sampler hf")
             self.sync(model)
         except Exception as error:  # of many types: no room, no such architecture, unknown weights
             fail(f"--sampler vllm cannot start with {type(model).__name__}: {reason(error)} (is it "
                 "the memory? --vllm-memory is its share of the GPU; or use --sampler hf)")
-        if self.engine.model_config.using_transformers_backend():
-            fail(f"--sampler vllm: vLLM has no {type(model).__name__} of its own; it would patch "
-                "the class that is trained here: use --sampler hf")
         self.sleep()
-
-    error = HFSampler.error
 
     @staticmethod
     def as_it_computes(model):
@@ -776,6 +778,16 @@ class VLLMSampler:
             log_probs = [at[i].logprob for at, i in zip(said.logprobs, ids)]
             rollouts.append(Rollout(prompt, ids, log_probs, said.finish_reason == "stop"))
         return rollouts
+
+    @torch.no_grad()
+    def error(self, model):
+        """As HFSampler.error."""
+        ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
+        rollouts = self.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
+        input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
+            [r.response_ids for r in rollouts], model.device)
+        log_probs, _ = token_log_probs(model, input_ids, response_mask)
+        return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
 
 
 def make_sampler(model, tokenizer, problems, args):

@@ -255,10 +255,11 @@ def test_what_generate_returns(sampler):
         torch.testing.assert_close(torch.tensor(r.log_probs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_vllm_would_borrow_from_transformers(engines, monkeypatch, fails_with):
+def test_a_model_that_vllm_would_borrow_from_transformers(engines, tokenizer, monkeypatch, fails_with):
     """Its compiler changes the class, which is the trainer's, too: a forward pass of the trainer fails."""
     monkeypatch.setattr(NotedEngine, "borrowed", True)
-    fails_with(lambda: VLLMSampler(make_tiny(), None, [rollout.Problem("1+1?", "2")], ARGS), "--sampler hf")
+    problems = [rollout.Problem("1+1?", "2")]
+    fails_with(lambda: VLLMSampler(make_tiny(), tokenizer, problems, ARGS), "has no Qwen3", "--sampler hf")
 
 
 def test_an_engine_with_other_weights_is_refused(engines, tokenizer, monkeypatch, fails_with):
@@ -432,7 +433,7 @@ def test_eval_holds_one_model_and_takes_its_tokenizer(checkpoints, engines, monk
         assert len(models) == 2
         assert tokenizers[0].startswith("<|user|>") and tokenizers[1].startswith("<|system|>")
         if kind == "vllm":
-            assert engines[0].notes == ["build", *SYNC_CALLS, "sleep", *GENERATE, *GENERATE,  # first the check
+            assert engines[0].notes == ["build", *SYNC_CALLS, "sleep", *GENERATE, *GENERATE,  # one: the check
                 "wake weights", *SYNC_CALLS, *GENERATE_AFTER_SYNC]  # fmt: skip
 
 
