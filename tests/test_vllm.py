@@ -82,6 +82,7 @@ def gap(rollouts):
     return (ours - torch.tensor(sum((r.log_probs for r in rollouts), []))).abs().max().item()
 
 first, again = sample(), sample()
+sampler.generate(prompts * 60, 4, max_new_tokens=2)  # more tokens than vLLM takes at once
 assert [r.response_ids for r in first] == [r.response_ids for r in again], "a seed says it all"
 assert len({tuple(r.response_ids) for r in first}) > 20, "each rollout has its own luck"
 ids, mask = collate([r.prompt_ids for r in first], [r.response_ids for r in first], model.device)
@@ -271,7 +272,7 @@ def test_an_engine_with_other_weights_is_refused(engines, tokenizer, monkeypatch
     sync, args = NotedEngine.collective_rpc, (make_tiny(), tokenizer, [rollout.Problem("1+1?", "2")], ARGS)
     assert rollout.make_sampler(*args)
     monkeypatch.setattr(NotedEngine, "collective_rpc", syncing)
-    fails_with(lambda: rollout.make_sampler(*args), "--sampler vllm", "off, 0.1 at most")
+    fails_with(lambda: rollout.make_sampler(*args), "--sampler vllm", "off, 0.05 at most")
 
 
 @pytest.mark.parametrize("when", ["generate", "__init__", "collective_rpc"])
