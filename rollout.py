@@ -549,7 +549,7 @@ class HFSampler:
         """Keys and values of one token, in all layers."""
         cache = Cache(self.model.config)
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device),
-            past_key_values=cache, use_cache=True)
+            past_key_values=cache)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     def _generate_chunk(self, prompts, group_size, uniforms, temperature):
@@ -566,7 +566,7 @@ class HFSampler:
         cache = Cache(self.model.config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self.model(input_ids=input_ids, attention_mask=mask.long() if padded else None,
-            position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
         logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (R, V)
         cache.batch_repeat_interleave(group_size)
         position_ids = lengths.repeat_interleave(group_size, 0)
@@ -601,7 +601,7 @@ class HFSampler:
                 mask, running = mask[keep], running[keep]
             seen = mask[:, : width + t + 1].long() if padded else None
             out = self.model(input_ids=ids[:, None], attention_mask=seen,
-                position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
             logits, position_ids = out.logits[:, -1], position_ids + 1
         return [(ids[:n].tolist(), log_probs[:n].tolist()) for ids, log_probs, n in zip(
             sampled_ids.cpu(), sampled_log_probs.cpu(), sampled_lengths.tolist())]
