@@ -307,14 +307,19 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attn_implementation)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+            attn_implementation=attn_implementation, output_loading_info=True)
     except Exception as error:
         fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
             "it from a copy, or run the stage that makes it again)")
+    if loading["missing_keys"] or getattr(model, "is_quantized", False):
+        fail(f"{path}: not trained: its weights are quantized, or some are missing: "
+            f"{sorted(loading['missing_keys'])[:3]}; give a whole model in floating point")
     if model.config.model_type in KNOWN_FAULTS:
         fail(f"{path}: {type(model).__name__}: {KNOWN_FAULTS[model.config.model_type]}")
     remove_dropout(model)
+    if getattr(model.config, "output_router_logits", False):  # for a loss that no stage has
+        model.config.output_router_logits = False
     saved = model.generation_config
     try:
         saved.validate(strict=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, full_log_probs, plain_log_probs, take_gradient
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -352,6 +352,26 @@ def test_a_sampler_that_differs_is_refused_with_its_size(saved, tokenizer, monke
     monkeypatch.setattr(rollout, "token_log_probs", shifted)
     args = SimpleNamespace(sampler="hf")
     fails_with(lambda: rollout.make_sampler(model, tokenizer, [], args), "LlamaForCausalLM", "0.25 off")
+
+
+def test_missing_or_quantized_weights_are_refused(saved, tokenizer, tmp_path, fails_with, monkeypatch):
+    """transformers fills in a head that a checkpoint lacks with random numbers, and warns."""
+    make_model("llama").base_model.save_pretrained(tmp_path / "headless")
+    tokenizer.save_pretrained(tmp_path / "headless")
+    fails_with(lambda: rollout.load_model(str(tmp_path / "headless")), "headless", "lm_head.weight")
+    folder = saved("llama")
+    monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
+    fails_with(lambda: rollout.load_model(folder), "quantized")
+
+
+def test_a_config_that_asks_for_router_logits(saved, tokenizer):
+    """Many fine-tuned Mixtrals do; their loss then counts tokens of a cache that is longer than its batch."""
+
+    def ask(model):
+        model.config.output_router_logits = True
+
+    model, _ = rollout.load_model(saved("mixtral", ask))
+    sample(model, tokenizer)
 
 
 def test_the_checks_at_start_draw_no_random_number(saved, tokenizer):
