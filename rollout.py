@@ -309,14 +309,19 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attn_implementation)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+            attn_implementation=attn_implementation, output_loading_info=True)
     except Exception as error:
         fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
             "it from a copy, or run the stage that makes it again)")
+    if loading["missing_keys"] or getattr(model, "is_quantized", False):
+        fail(f"{path}: not trained: its weights are quantized, or some are missing: "
+            f"{sorted(loading['missing_keys'])[:3]}; give a whole model in floating point")
     if model.config.model_type in KNOWN_FAULTS:
         fail(f"{path}: {type(model).__name__}: {KNOWN_FAULTS[model.config.model_type]}")
     remove_dropout(model)
+    if getattr(model.config, "output_router_logits", False):  # for a loss that no stage has
+        model.config.output_router_logits = False
     saved = model.generation_config
     try:
         saved.validate(strict=True)
@@ -559,7 +564,7 @@ class HFSampler:
         """Keys and values of one token, in all layers."""
         cache = Cache(self.model.config)
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device),
-            past_key_values=cache, use_cache=True)
+            past_key_values=cache)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     def _generate_chunk(self, prompts, group_size, uniforms, temperature):
@@ -576,7 +581,7 @@ class HFSampler:
         cache = Cache(self.model.config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self.model(input_ids=input_ids, attention_mask=mask.long() if padded else None,
-            position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
         logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (R, V)
         cache.batch_repeat_interleave(group_size)
         position_ids = lengths.repeat_interleave(group_size, 0)
@@ -611,7 +616,7 @@ class HFSampler:
                 mask, running = mask[keep], running[keep]
             seen = mask[:, : width + t + 1].long() if padded else None
             out = self.model(input_ids=ids[:, None], attention_mask=seen,
-                position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
             logits, position_ids = out.logits[:, -1], position_ids + 1
         return [(ids[:n].tolist(), log_probs[:n].tolist()) for ids, log_probs, n in zip(
             sampled_ids.cpu(), sampled_log_probs.cpu(), sampled_lengths.tolist())]
