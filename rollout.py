@@ -803,14 +803,13 @@ class VLLMSampler:
 
 def make_sampler(model, tokenizer, problems, args):
     """--sampler hf or vllm, for prompts of these problems."""
-    allowed = 1e-3
-    if args.sampler == "vllm":  # its kernels round in other ways
-        sampler = VLLMSampler(model, tokenizer, problems, args)
-        allowed = 0.5 if args.dtype == "bfloat16" else 0.05
+    if args.sampler == "vllm":
+        sampler, other = VLLMSampler(model, tokenizer, problems, args), "hf"
+        allowed = 0.5 if args.dtype == "bfloat16" else 0.05  # its kernels round in other ways
     else:
-        sampler = HFSampler(model, tokenizer)
-    fault = f"--sampler {args.sampler} does not sample {type(model).__name__} right (try the other)"
-    check_at_start(model, fault, sampler.error, allowed)
+        sampler, other, allowed = HFSampler(model, tokenizer), "vllm", 1e-3
+    fault = f"--sampler {args.sampler} does not sample {type(model).__name__} right"
+    check_at_start(model, f"{fault} (try --sampler {other})", sampler.error, allowed)
     return sampler
 
 
