@@ -37,12 +37,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, check_context, collate, draw
-from rollout import evaluate, fail, fitting, fitting_prompts, in_chunks, k3_kl, label_rollouts
-from rollout import load_initial, load_model, load_problems, log_samples, make_sampler
-from rollout import micro_batches, not_negative, number, parse_args, positive, render_prompt
-from rollout import require_solutions, response_hidden_states, run_in, sampler_log_probs
-from rollout import save_checkpoint, share, start_run, summarize, token_log_probs
+from rollout import Formatter, Head, Interrupt, add_run_flags, append_jsonl, check_context
+from rollout import collate, draw, evaluate, fail, fitting, fitting_prompts, in_chunks, k3_kl
+from rollout import label_rollouts, load_initial, load_model, load_problems, log_samples
+from rollout import make_sampler, micro_batches, not_negative, number, parse_args, positive
+from rollout import render_prompt, require_solutions, response_hidden_states, run_in
+from rollout import sampler_log_probs, save_checkpoint, share, start_run, summarize
+from rollout import token_log_probs, train_mode
 from verify import verify_batch
 
 
@@ -157,8 +158,8 @@ def token_divergence(student, teacher, rollouts, args):
             *collate([r.teacher_prompt_ids for r in rollouts], responses, student.device))
     is_correct = torch.tensor([r.label == "correct" for r in rollouts for _ in r.response_ids],
         device=student.device)  # (N,)
-    return chunked_divergence(student_hidden, teacher_hidden, student.get_output_embeddings(),
-        teacher.get_output_embeddings(), is_correct, args.divergence, args.beta, args.temperature)
+    return chunked_divergence(student_hidden, teacher_hidden, Head(student), Head(teacher),
+        is_correct, args.divergence, args.beta, args.temperature)
 
 
 def teacher_length(rollout):
@@ -169,7 +170,7 @@ def teacher_length(rollout):
 def accumulate_gradients(student, teacher, rollouts, args):
     """Adds the gradient of the batch's loss to .grad, by micro-batches; returns the loss. Fills in
     each rollout's divergences. Under torch.no_grad it only measures."""
-    student.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(student)  # --gradient-checkpointing asks for it; there is no dropout
     loss = 0.0
     for micro in micro_batches(rollouts, args.micro_batch_size, teacher_length):
         values = token_divergence(student, teacher, micro, args)  # (N,)
@@ -378,6 +379,7 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(student, args)
+    sampler = make_sampler(student, tokenizer, train + heldout, args)
     state = start_run(args, student, tokenizer, optimizer)
     state.setdefault("skipped", 0)  # steps in which nothing was kept
     state.setdefault("short", 0)  # steps in which --match-budget was not met
@@ -387,7 +389,6 @@ def run(args):
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
     teacher.requires_grad_(False)
-    sampler = make_sampler(student, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)

@@ -34,11 +34,11 @@ from pathlib import Path
 
 import torch
 
-from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate, fail
-from rollout import fitting_prompts, k3_kl, label_rollouts, load_initial, load_model, load_problems
-from rollout import log_samples, make_sampler, micro_batches, not_negative, number, parse_args
-from rollout import positive, render_prompt, run_in, sampler_log_probs, save_checkpoint, share
-from rollout import start_run, summarize, token_log_probs
+from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, collate, draw, evaluate
+from rollout import fail, fitting_prompts, k3_kl, label_rollouts, load_initial, load_model
+from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
+from rollout import parse_args, positive, render_prompt, run_in, sampler_log_probs
+from rollout import save_checkpoint, share, start_run, summarize, token_log_probs, train_mode
 
 
 def get_args():
@@ -136,7 +136,7 @@ def accumulate_gradients(model, reference, rollouts, args):
     rollouts: those kept, each with its advantage. The loss is one weighted sum over all tokens. Its
     weights are fixed before the split, so the micro-batch size changes no gradient.
     """
-    model.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(model)  # --gradient-checkpointing asks for it; there is no dropout
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     weights = sequence_weights(lengths, args.loss_normalization, args.max_new_tokens)
     for rollout, weight in zip(rollouts, weights.tolist()):
@@ -299,9 +299,9 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
+    sampler = make_sampler(model, tokenizer, train + heldout, args)
     state = start_run(args, model, tokenizer, optimizer)
     reference = load_initial(args, state) if args.kl_coef else None
-    sampler = make_sampler(model, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)
