@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from rollout import check_context, collate, evaluate, fail, fitting_prompts, is_first
+from rollout import Head, check_context, collate, evaluate, fail, fitting_prompts, is_first
 from rollout import join_processes, load_model, load_problems, load_tokenizer, make_sampler
 from rollout import not_negative, number, once, positive, read_problems, reason, render_prompt
 from rollout import require_checkpoint, require_device, response_hidden_states, sample_row
@@ -94,7 +94,7 @@ def get_args():
     if not is_first():  # of several processes, which only helps to sample
         args.json = args.plot = args.samples = args.shortest = args.html = None
     if not args.curves:  # which only reads logs
-        require_device(args.device)
+        require_device(args.device, args.sampler)
         for path in args.checkpoints:
             require_checkpoint(path)
     return args
@@ -172,18 +172,33 @@ def bootstrap_interval(values, seed, resamples=2000):
 # One checkpoint
 
 
+def network(model):
+    """The part of a model's config that says what is computed: no name, no dtype, no token ids."""
+    other = ("_name_or_path", "dtype", "transformers_version", "use_cache")
+    return {name: value for name, value in model.config.to_dict().items()
+        if name not in other and not name.endswith("_token_id")}
+
+
 def load_each(args, problems):
-    """One checkpoint after the other: path, model, tokenizer, and a sampler with its weights."""
+    """One checkpoint after the other: its path, and a sampler with its model and its tokenizer."""
     sampler = None
     for path in args.checkpoints:
         if is_first():
             print(f"evaluating {path} ...", file=sys.stderr, flush=True)
+        if sampler is not None:
+            sampler.model = None  # freed before the next is loaded: one model at a time
         model, tokenizer = load_model(path, args.device)
         model = shard(model, args.device)
-        if sampler is None or args.sampler == "hf":  # one engine of vLLM serves all checkpoints
-            sampler = make_sampler(model, tokenizer, problems, args)
-        sampler.sync(model)
-        yield path, model, tokenizer, sampler
+        if sampler is None or args.sampler == "hf":
+            sampler, first = make_sampler(model, tokenizer, problems, args), network(model)
+        elif network(model) == first:  # one engine of vLLM serves all checkpoints
+            sampler.tokenizer = tokenizer
+            sampler.sync(model)
+        else:
+            fail(f"{path}: not the network of {args.checkpoints[0]}, for which vLLM was started: "
+                "evaluate it in a call of its own, or with --sampler hf")
+        del model
+        yield path, sampler
 
 
 def those_that_fit(problems, args):
@@ -261,7 +276,7 @@ def compare_checkpoints(problems, args):
     rows, before = [], None
     if args.samples:
         Path(args.samples).write_text("")
-    for path, _, _, sampler in load_each(args, problems):
+    for path, sampler in load_each(args, problems):
         row, per_problem, rollouts = evaluate_checkpoint(path, sampler, problems, args)
         if before:  # problem by problem, so that what the two have in common cancels
             row |= paired_change(per_problem, before, args.seed)
@@ -403,7 +418,7 @@ def teacher_gap(model, tokenizer, rollout, thinking):
         check_context(model, len(prompt_ids), len(response_ids))
         input_ids, response_mask = collate([prompt_ids], [response_ids], model.device)
         hidden = response_hidden_states(model, input_ids, response_mask)  # (|y|, H)
-        logits = model.get_output_embeddings()(hidden).float()  # (|y|, V)
+        logits = Head(model)(hidden).float()  # (|y|, V)
         log_probs.append(logits.log_softmax(-1).cpu())
     return log_probs
 
@@ -434,10 +449,10 @@ def measure_tokens(model, tokenizer, rollout, thinking):
 def show_example(problem, args):
     """One response by each checkpoint, measured token by token; then printed, and --html."""
     examples = []
-    for path, model, tokenizer, sampler in load_each(args, [problem]):
+    for path, sampler in load_each(args, [problem]):
         rollout = evaluate(sampler, [problem], max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=args.seed, thinking=args.thinking)[0]
-        tokens = measure_tokens(model, tokenizer, rollout, args.thinking)
+        tokens = measure_tokens(sampler.model, sampler.tokenizer, rollout, args.thinking)
         mean_kl = sum(token["kl"] for token in tokens) / len(tokens)
         examples.append({"title": f"{path}: {rollout.label}, {len(tokens)} tokens",
             "path": path, "tokens": tokens, "mean_kl": mean_kl})

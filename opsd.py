@@ -37,13 +37,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rollout import Formatter, Interrupt, add_run_flags, append_jsonl, check_context, clip_gradients
-from rollout import collate, draw, evaluate, fail, fitting, fitting_prompts, in_chunks, k3_kl
-from rollout import label_rollouts, load_initial, load_model, load_problems, log_samples
-from rollout import make_sampler, merge, micro_batches, not_negative, number, once, parse_args
-from rollout import positive, render_prompt, require_solutions, reshard, response_hidden_states
-from rollout import run_in, sampler_log_probs, save_checkpoint, shard, share, start_run, sum_of
-from rollout import summarize, token_log_probs
+from rollout import Formatter, Head, Interrupt, add_run_flags, append_jsonl, check_context
+from rollout import clip_gradients, collate, draw, evaluate, fail, fitting, fitting_prompts
+from rollout import in_chunks, k3_kl, label_rollouts, load_initial, load_model, load_problems
+from rollout import log_samples, make_sampler, merge, micro_batches, not_negative, number, once
+from rollout import parse_args, positive, render_prompt, require_solutions, reshard
+from rollout import response_hidden_states, run_in, sampler_log_probs, save_checkpoint, shard, share
+from rollout import start_run, sum_of, summarize, token_log_probs, train_mode
 from verify import verify_batch
 
 
@@ -158,8 +158,8 @@ def token_divergence(student, teacher, rollouts, args):
             *collate([r.teacher_prompt_ids for r in rollouts], responses, student.device))
     is_correct = torch.tensor([r.label == "correct" for r in rollouts for _ in r.response_ids],
         device=student.device)  # (N,)
-    return chunked_divergence(student_hidden, teacher_hidden, student.get_output_embeddings(),
-        teacher.get_output_embeddings(), is_correct, args.divergence, args.beta, args.temperature)
+    return chunked_divergence(student_hidden, teacher_hidden, Head(student), Head(teacher),
+        is_correct, args.divergence, args.beta, args.temperature)
 
 
 def teacher_length(rollout):
@@ -170,7 +170,7 @@ def teacher_length(rollout):
 def accumulate_gradients(student, teacher, rollouts, args):
     """Adds the gradient of the batch's loss to .grad, by micro-batches; returns the loss. Fills in
     each rollout's divergences. Under torch.no_grad it only measures."""
-    student.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(student)  # --gradient-checkpointing asks for it; there is no dropout
     loss = 0.0
     for micro in micro_batches(rollouts, args.micro_batch_size, teacher_length):
         values = token_divergence(student, teacher, micro, args)  # (N,)
@@ -385,6 +385,7 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(student, args)
+    sampler = make_sampler(student, tokenizer, train + heldout, args)
     state = start_run(args, student, tokenizer, optimizer)
     state.setdefault("skipped", 0)  # steps in which nothing was kept
     state.setdefault("short", 0)  # steps in which --match-budget was not met
@@ -394,7 +395,6 @@ def run(args):
     if "teacher" in state:
         teacher.load_state_dict(state["teacher"])
     teacher = shard(teacher.requires_grad_(False), args.device)
-    sampler = make_sampler(student, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)

@@ -39,6 +39,7 @@ from rollout import evaluate, fail, fitting_prompts, k3_kl, label_rollouts, load
 from rollout import load_problems, log_samples, make_sampler, micro_batches, not_negative, number
 from rollout import once, parse_args, positive, render_prompt, run_in, sampler_log_probs
 from rollout import save_checkpoint, shard, share, start_run, sum_of, summarize, token_log_probs
+from rollout import train_mode
 
 
 def get_args():
@@ -136,7 +137,7 @@ def accumulate_gradients(model, reference, rollouts, args):
     rollouts: those kept, each with its advantage. The loss is one weighted sum over all tokens. Its
     weights are fixed before the split, so the micro-batch size changes no gradient.
     """
-    model.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(model)  # --gradient-checkpointing asks for it; there is no dropout
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     weights = sequence_weights(lengths, args.loss_normalization, args.max_new_tokens)
     for rollout, weight in zip(rollouts, weights.tolist()):
@@ -306,9 +307,9 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
+    sampler = make_sampler(model, tokenizer, train + heldout, args)
     state = start_run(args, model, tokenizer, optimizer)
     reference = shard(load_initial(args, state), args.device) if args.kl_coef else None
-    sampler = make_sampler(model, tokenizer, train + heldout, args)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)

@@ -42,8 +42,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from verify import extract_answer, verify_batch
 
@@ -345,19 +348,89 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     tokenizer = load_tokenizer(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-        for name, value in vars(config.get_text_config()).items():
-            if "drop" in name and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
-                setattr(config.get_text_config(), name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, attn_implementation=attn_implementation)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+            attn_implementation=attn_implementation, output_loading_info=True)
     except Exception as error:
         fail(f"{path}: its model.safetensors cannot be loaded as a model: {reason(error)} (restore "
             "it from a copy, or run the stage that makes it again)")
-    if gradient_checkpointing:  # it works in train mode only
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if loading["missing_keys"] or getattr(model, "is_quantized", False):
+        fail(f"{path}: not trained: its weights are quantized, or some are missing: "
+            f"{sorted(loading['missing_keys'])[:3]}; give a whole model in floating point")
+    if model.config.model_type in KNOWN_FAULTS:
+        fail(f"{path}: {type(model).__name__}: {KNOWN_FAULTS[model.config.model_type]}")
+    remove_dropout(model)
+    if getattr(model.config, "output_router_logits", False):  # for a loss that no stage has
+        model.config.output_router_logits = False
+    saved = model.generation_config
+    try:
+        saved.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, say, with which no save would work
+        model.generation_config = GenerationConfig(bos_token_id=saved.bos_token_id,
+            eos_token_id=saved.eos_token_id, pad_token_id=saved.pad_token_id)
     # Under torchrun `shard` moves it: whole, it may be too large for one device.
-    return model.to("cpu" if dist.is_initialized() else device).eval(), tokenizer
+    model = model.to("cpu" if dist.is_initialized() else device).eval()
+    if gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_at_start(model, f"{path}: {type(model).__name__} is not trained right", trainer_error)
+    return model, tokenizer
+
+
+KNOWN_FAULTS = {  # of transformers 5.19, which a short batch does not show
+    "moshi": "its cache forgets what its attention still sees",
+    "youtu": "transformers sets the padding token's embedding to 0 whenever it loads one",
+}
+
+
+def remove_dropout(model):
+    """Sets every rate of dropout to 0, wherever a model keeps it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", module)):
+            for name, value in list(vars(holder).items()):
+                if isinstance(value, float) and "drop" in name:
+                    setattr(holder, name, 0.0)
+
+
+def train_mode(model):
+    """Before a backward pass. Layers that recompute (--gradient-checkpointing) must be in train
+    mode. All else stays as it samples: in train mode some routers draw random numbers."""
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
+
+
+def check_at_start(model, fault, error_of, allowed=1e-3):
+    """Refuses a model on which two ways to the same log-probs, in nats, differ by more than they do
+    from rounding."""
+    if torch.is_autocast_enabled(model.device.type):
+        allowed = max(allowed, 0.2)
+    try:
+        difference = error_of(model)
+    except Exception as error:
+        fail(f"{fault}: {reason(error)}")
+    if not difference <= allowed:
+        fail(f"{fault}: log-probs of a short batch are {difference:.2g} off, {allowed} at most")
+
+
+@torch.no_grad()
+def trainer_error(model):
+    """The largest difference of token_log_probs, in the mode that trains, from the log-probs of the
+    model's own logits, each row alone. A model that sees later tokens or padding differs too."""
+    vocab_size = Head(model).out_features
+    ids = [vocab_size * i // 12 for i in range(1, 11)]  # from all of the vocabulary
+    prompts, responses = [ids[:2], ids[2:4]], [ids[4:9], ids[9:]]
+    input_ids, response_mask = collate(prompts, responses, model.device)
+    train_mode(model)
+    log_probs, _ = token_log_probs(model, input_ids, response_mask)
+    model.eval()
+    plain = []
+    for prompt, response in zip(prompts, responses):
+        row = torch.tensor([prompt + response], device=model.device)
+        logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1].float()  # (|y|, V)
+        plain.append(logits.log_softmax(-1).gather(1, row[0, len(prompt) :, None])[:, 0])
+    return (log_probs[response_mask] - torch.cat(plain)).abs().max().item()
 
 
 def require_checkpoint(path):
@@ -372,8 +445,11 @@ def require_checkpoint(path):
         read_json(Path(path, f"{name}.json"))
 
 
-def require_device(device):
-    """Refuses a device that this machine does not have."""
+def require_device(device, sampler):
+    """Refuses a device that this machine does not have, or that vLLM would not take."""
+    if sampler == "vllm" and device not in ("cpu", "cuda", "cuda:0"):
+        fail(f"--device {device}: --sampler vllm takes the first GPU that it sees: give --device "
+            "cuda, and choose the GPU with the environment's CUDA_VISIBLE_DEVICES")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -381,8 +457,22 @@ def require_device(device):
 
 
 def context_limit(model):
-    """Tokens that the model has positions for, prompt and response together."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    """Tokens that the model has positions for, prompt and response together.
+
+    YaRN stretches the pretrained length by a factor. In some configs (DeepSeek's)
+    max_position_embeddings is the stretched length, in others (Qwen's) it is not. LongRoPE turns
+    all positions otherwise in a longer sequence, which a cache cannot follow: it ends before.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limit = limit or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    pretrained = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "yarn" and pretrained:
+        return max(limit, int(pretrained * (rope.get("factor") or 1)))
+    if rope.get("rope_type") == "longrope" and pretrained:
+        return min(limit, pretrained)
+    return limit
 
 
 def check_context(model, prompt_tokens, new_tokens, whose="prompt"):
@@ -441,6 +531,12 @@ class Rollout:
     divergences: torch.Tensor | None = None  # opsd.py: (|y|,), student from teacher at each token
 
 
+def stop_ids(model, tokenizer):
+    """The ids that end a response: the tokenizer's EOS, and the model's."""
+    eos = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+
 class HFSampler:
     """Samples from any transformers causal LM with a KV cache.
 
@@ -452,9 +548,11 @@ class HFSampler:
 
     def __init__(self, model, tokenizer, max_rows=512):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        eos = model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        self.stop_ids = {tokenizer.eos_token_id, *eos} - {None}
+        layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if model._is_stateful or layers - {DynamicLayer, DynamicSlidingWindowLayer}:
+            fail(f"--sampler hf: {type(model).__name__} keeps more of a prefix than keys and "
+                "values (recurrent states, say): give --sampler vllm")
+        self.stop_ids = stop_ids(model, tokenizer)
 
     def sync(self, model):
         self.model = model
@@ -487,18 +585,36 @@ class HFSampler:
                         prompts[place // group_size], ids, log_probs, ids[-1] in self.stop_ids)
         return merge(rollouts)
 
+    @torch.no_grad()
+    def error(self, model):
+        """The largest difference of a short sample's log-probs from token_log_probs, which has no
+        cache: prompts of two lengths, in groups."""
+        ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
+        first, second = ids[:5], ids[5:]
+        uniforms = torch.linspace(0.01, 0.99, 24, dtype=torch.float64).view(4, 6)
+        sampled = self._generate_chunk([first, second], 2, uniforms, 1.0)
+        input_ids, response_mask = collate([first, first, second, second],
+            [response for response, _ in sampled], model.device)
+        sampler_log_probs = torch.tensor([x for _, log_probs in sampled for x in log_probs])
+        log_probs, _ = token_log_probs(model, input_ids, response_mask)
+        return (log_probs[response_mask].cpu() - sampler_log_probs).abs().max().item()
+
     def rows_that_fit(self, tokens):
         """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
         cache that grows is copied, and the rest is room. Fewer rows change no rollout."""
         if self.model.device.type != "cuda":
             return self.max_rows
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = tokens * 2 * config.num_hidden_layers * heads * size * 4  # bytes, at most
+        row = tokens * self.bytes_per_token()
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - (
             torch.cuda.memory_allocated())
         return max(1, min(self.max_rows, int(free / 2.5 / row)))
+
+    def bytes_per_token(self):
+        """Keys and values of one token, in all layers."""
+        cache = Cache(self.model.config)
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device),
+            past_key_values=cache)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     def _generate_chunk(self, prompts, group_size, uniforms, temperature):
         """R = len(prompts) * group_size rows at once -> [(response ids, log-probs)] of length R."""
@@ -511,9 +627,7 @@ class HFSampler:
         stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
 
         # Prefill: each prompt once, then its cache for every member of its group.
-        cache = DynamicCache(config=self.model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
-            for layer in cache.layers]
+        cache = Cache(self.model.config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self.model(input_ids=input_ids, attention_mask=mask.long() if padded else None,
             position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
@@ -523,7 +637,8 @@ class HFSampler:
         mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
         mask = mask.repeat_interleave(group_size, 0)
 
-        uniforms = uniforms.to(device)
+        exact = "cpu" if device.type == "mps" else device  # MPS has no float64
+        uniforms = uniforms.to(exact)
         sampled_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         sampled_log_probs = torch.zeros(rows, max_new_tokens, device=device)
         sampled_lengths = torch.full((rows,), max_new_tokens, device=device)
@@ -531,7 +646,10 @@ class HFSampler:
         running = torch.ones(rows, dtype=torch.bool, device=device)  # rows that have not ended yet
         for t in tqdm(range(max_new_tokens), "sampling", leave=False, disable=None, delay=3):
             log_probs = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
-            ids = sample_ids(log_probs, uniforms[row, t]) if temperature else log_probs.argmax(-1)
+            if temperature:
+                ids = sample_ids(log_probs.to(exact), uniforms[row.to(exact), t]).to(device)
+            else:
+                ids = log_probs.argmax(-1)
             sampled_ids[row, t] = ids
             sampled_log_probs[row, t] = log_probs.gather(1, ids[:, None])[:, 0]
             ended = running & torch.isin(ids, stop_ids)
@@ -564,6 +682,23 @@ def sample_ids(log_probs, uniforms):
     return ids.clamp(max=log_probs.shape[1] - 1)
 
 
+class Cache(DynamicCache):
+    """Keys and values in the dtype of the computation. RoPE leaves keys in fp32 under autocast, and
+    attention rounds them anyway."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
+            for layer in self.layers]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states = key_states.to(dtype)
+            value_states = value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 class RoomyLayer(DynamicLayer):
     """A cache layer with room to spare. DynamicLayer copies the whole cache for every token."""
 
@@ -576,8 +711,8 @@ class RoomyLayer(DynamicLayer):
             return key_states, value_states
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None or new > self.buffers[0].shape[-2]:
-            rows, heads, _, size = self.keys.shape
-            self.buffers = [x.new_empty(rows, heads, new + max(64, old // 4), size)
+            rows, heads = self.keys.shape[:2]  # in MLA a key and a value differ in size
+            self.buffers = [x.new_empty(rows, heads, new + max(64, old // 4), x.shape[-1])
                 for x in (self.keys, self.values)]
             self.buffers[0][:, :, :old], self.buffers[1][:, :, :old] = self.keys, self.values
         self.buffers[0][:, :, old:new], self.buffers[1][:, :, old:new] = key_states, value_states
@@ -599,18 +734,22 @@ class WeightSync:
     """Mixed into vLLM's worker (worker_extension_cls), so that the engine calls it in its place."""
 
     def sync_weights(self, weights):
-        self.model_runner.reload_weights(weights_iterator=weights)
         model = self.model_runner.get_model()
-        if self.device.type == "cpu" and hasattr(model, "lm_head"):
-            # A CPU repacks the head's weights, but not again where they are the embeddings'.
+        on_cpu = self.device.type == "cpu"  # where vLLM repacks weights, but these only once
+        if on_cpu:
+            for layer in model.modules():
+                if hasattr(layer, "quant_method") and hasattr(layer.quant_method, "moe_kernel"):
+                    layer.quant_method.moe_kernel = None  # of the experts: to be made anew
+        self.reload_weights(weights_iterator=weights)
+        if on_cpu and hasattr(model, "lm_head"):  # where it is the embeddings'
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class VLLMSampler:
     """Samples with vLLM, in this process, from weights that `sync` copies into the engine.
 
-    On a GPU the engine sleeps while the trainer works: its weights wait in main memory, its cache
-    is dropped. A seed gives the same rollouts again, but not those of HFSampler.
+    It sleeps while the trainer works: on a GPU its weights wait in main memory, and its cache is
+    dropped. A seed gives the same rollouts again, but not those of HFSampler.
     """
 
     def __init__(self, model, tokenizer, problems, args):
@@ -623,61 +762,104 @@ class VLLMSampler:
         if not vllm.__version__.startswith(VLLM_TESTED + "."):
             fail(f"--sampler vllm: vLLM {vllm.__version__} is not {VLLM_TESTED}.x, which this was "
                 f"tested with: pip install vllm=={VLLM_TESTED}.0 (or use --sampler hf)")
-        self.tokenizer, self.on_gpu, self.asleep = tokenizer, model.device.type == "cuda", set()
-        self.params = vllm.SamplingParams
+        self.tokenizer, self.params, self.asleep = tokenizer, vllm.SamplingParams, []
+        on_gpu = model.device.type == "cuda"
         longest = 1000 + max(len(p.problem.encode()) for p in problems)  # a token is a byte or more
-        with tempfile.TemporaryDirectory() as folder:  # its weights come by `sync`
-            model.config.architectures = [type(model).__name__]  # as save_pretrained would
-            model.config.save_pretrained(folder)
-            model.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            self.engine = vllm.LLM(folder, load_format="dummy", dtype=args.dtype,
-                max_model_len=min(context_limit(model), longest + args.max_new_tokens),
-                enable_prefix_caching=True, logprobs_mode="processed_logprobs", seed=args.seed,
-                gpu_memory_utilization=args.vllm_memory, enable_sleep_mode=self.on_gpu,
-                enforce_eager=not self.on_gpu, worker_extension_cls="rollout.WeightSync")
-        self.sync(model)
+        limit = min(context_limit(model), longest + args.max_new_tokens)
+        try:
+            with tempfile.TemporaryDirectory() as folder, self.without_autocast(model):
+                model.config.architectures = [type(model).__name__]  # as save_pretrained would
+                model.config.save_pretrained(folder)  # its weights come by `sync`, prompts as ids
+                self.engine = vllm.LLM(folder, load_format="dummy", skip_tokenizer_init=True,
+                    generation_config="vllm", dtype=args.dtype, enable_prefix_caching=True,
+                    max_model_len=limit,
+                    enable_chunked_prefill=on_gpu,  # on a CPU it fails where requests have seeds
+                    max_num_batched_tokens=None if on_gpu else max(4096, limit),
+                    logprobs_mode="processed_logprobs", gpu_memory_utilization=args.vllm_memory,
+                    enable_sleep_mode=on_gpu, enforce_eager=not on_gpu,
+                    worker_extension_cls="rollout.WeightSync")
+            if self.engine.model_config.using_transformers_backend():
+                fail(f"--sampler vllm: vLLM has no {type(model).__name__} of its own; it would "
+                    "patch the class that is trained here: use --sampler hf")
+            self.sync(model)
+        except Exception as error:  # of many types: no room, no such architecture, unknown weights
+            fail(f"--sampler vllm cannot start with {type(model).__name__}: {reason(error)} (is it "
+                "the memory? --vllm-memory is its share of the GPU; or use --sampler hf)")
+        self.sleep()
+
+    @staticmethod
+    def without_autocast(model):
+        """Around the engine's work: it has a dtype of its own."""
+        return torch.autocast(model.device.type, enabled=False)
+
+    def sleep(self):
+        self.engine.sleep(level=1)
+        self.asleep = ["weights", "kv_cache"]
 
     def wake(self, *parts):
-        if needed := [part for part in parts if part in self.asleep]:
+        needed = [part for part in parts if part in self.asleep]
+        if needed:
             torch.cuda.empty_cache()  # what the trainer holds without need
             self.engine.wake_up(tags=needed)
-            self.asleep -= set(needed)
+            self.asleep = [part for part in self.asleep if part not in needed]
 
     def sync(self, model):
-        """The trainer's weights -> the engine, in place. Its cache is of the old ones: reset."""
+        """The trainer's weights -> the engine, in place, by their names in a checkpoint: in memory
+        transformers joins some, such as those of experts. What the cache holds is void then."""
+        self.model, self.stop_ids = model, stop_ids(model, self.tokenizer)
         self.wake("weights")
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            weights = [(name, weight.detach()) for name, weight in model.state_dict().items()]
-            self.engine.collective_rpc("sync_weights", args=(weights,))
+        with self.without_autocast(model), torch.no_grad():
+            weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
+            weights = revert_weight_conversion(model, weights)
+            self.engine.collective_rpc("sync_weights", args=(weights.items(),))
         self.engine.reset_prefix_cache()
 
     def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
-        """As HFSampler.generate. Token ids in, token ids out; a log-prob for each."""
+        """As HFSampler.generate. Token ids in, token ids out; a log-prob for each.
+
+        Each rollout has its own seed, fixed by `seed` and its place. Without one, vLLM takes
+        numbers that depend on what it sampled before, and --resume starts them anew.
+        """
+        check_context(self.model, max(map(len, prompts)), max_new_tokens)
+        repeated = [prompt for prompt in prompts for _ in range(group_size)]
+        generator = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
+        params = [self.params(seed=own, temperature=temperature, max_tokens=max_new_tokens,
+            stop_token_ids=list(self.stop_ids), logprobs=0, detokenize=False) for own in seeds]
         self.wake("weights", "kv_cache")
-        params = self.params(n=group_size, temperature=temperature, max_tokens=max_new_tokens,
-            logprobs=0, detokenize=False)
-        torch.manual_seed(seed)  # the engine lives in this process; a seed per request is slower
-        with torch.autocast("cuda" if self.on_gpu else "cpu", enabled=False):
-            outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params,
-                use_tqdm=False)
+        with self.without_autocast(self.model):
+            outputs = self.engine.generate(
+                [{"prompt_token_ids": prompt} for prompt in repeated], params, use_tqdm=False)
+        self.sleep()
         rollouts = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            for o in sorted(output.outputs, key=lambda o: o.index):
-                ids = list(o.token_ids)
-                log_probs = [at[i].logprob for at, i in zip(o.logprobs, ids)]
-                rollouts.append(Rollout(prompt, ids, log_probs, o.finish_reason == "stop"))
-        if self.on_gpu:
-            self.engine.sleep(level=1)
-            self.asleep = {"weights", "kv_cache"}
+        for prompt, output in zip(repeated, outputs, strict=True):
+            said = output.outputs[0]
+            ids = list(said.token_ids)
+            log_probs = [at[i].logprob for at, i in zip(said.logprobs, ids)]
+            rollouts.append(Rollout(prompt, ids, log_probs, said.finish_reason == "stop"))
         return rollouts
+
+    @torch.no_grad()
+    def error(self, model):
+        """As HFSampler.error."""
+        ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
+        rollouts = self.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
+        input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
+            [r.response_ids for r in rollouts], model.device)
+        log_probs, _ = token_log_probs(model, input_ids, response_mask)
+        return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
 
 
 def make_sampler(model, tokenizer, problems, args):
     """--sampler hf or vllm, for prompts of these problems."""
     if args.sampler == "vllm":
-        return VLLMSampler(model, tokenizer, problems, args)
-    return HFSampler(model, tokenizer)
+        sampler, other = VLLMSampler(model, tokenizer, problems, args), "hf"
+        allowed = 0.5 if args.dtype == "bfloat16" else 0.05  # its kernels round in other ways
+    else:
+        sampler, other, allowed = HFSampler(model, tokenizer), "vllm", 1e-3
+    fault = f"--sampler {args.sampler} does not sample {type(model).__name__} right"
+    check_at_start(model, f"{fault} (try --sampler {other})", sampler.error, allowed)
+    return sampler
 
 
 # --------------------------------------------------------------------------------------------------
@@ -779,6 +961,39 @@ def response_hidden_states(model, input_ids, response_mask):
     return hidden[:, :-1][response_mask[:, 1:]]
 
 
+class Head:
+    """A model's own way from hidden states (n, H) to logits (n, V): its forward, with a base model
+    that hands back the hidden states it is given. So a scale (Granite, Cohere) or a soft cap (Gemma
+    2) is never missed."""
+
+    def __init__(self, model):
+        self.out_features = model.config.get_text_config().vocab_size
+        self.model = object.__new__(type(model))  # the same weights, other submodules
+        self.model.__dict__ |= model.__dict__
+        self.model._modules = {**model._modules, model.base_model_prefix: Echo(model.base_model)}
+
+    def __call__(self, hidden):
+        return self.model.forward(inputs_embeds=hidden[None]).logits[0]  # without FSDP2's hooks
+
+
+class Echo:
+    """Stands in for a base model. Its output is what it is given."""
+
+    def __init__(self, base_model):
+        self.base_model = base_model
+
+    def __getattr__(self, name):
+        return self if name == "decoder" else getattr(self.base_model, name)  # OPT calls .decoder
+
+    def __call__(self, *args, inputs_embeds, **kwargs):
+        return Echoed(last_hidden_state=inputs_embeds)
+
+
+class Echoed(BaseModelOutputWithPast):
+    def __getattr__(self, name):
+        return None  # a router's logits and what else other outputs have
+
+
 def in_chunks(function, vocab_size, *tensors):
     """Calls `function` on chunks of rows and concatenates what it returns, a tuple of tensors. The
     backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes.
@@ -801,16 +1016,16 @@ def token_log_probs(model, input_ids, response_mask, temperature=1.0):
 
     The temperature is the sampler's: a sample at 0.7, scored at 1, is scored by another policy.
     """
-    lm_head = model.get_output_embeddings()
+    head = Head(model)
 
     def score(hidden, targets):  # (n, H), (n,)
-        log_probs = F.log_softmax(lm_head(hidden).float() / temperature, -1)  # (n, V)
+        log_probs = F.log_softmax(head(hidden).float() / temperature, -1)  # (n, V)
         entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
         return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
     hidden = response_hidden_states(model, input_ids, response_mask)
     log_probs, entropy = in_chunks(
-        score, lm_head.out_features, hidden, input_ids[response_mask])  # (N,) each
+        score, head.out_features, hidden, input_ids[response_mask])  # (N,) each
     return scatter(log_probs, response_mask), scatter(entropy, response_mask)
 
 
@@ -925,7 +1140,7 @@ def parse_args(parser):
                 "run would overwrite what it starts from")
     if args.columns and args.data in (None, "arithmetic"):
         fail("--columns are those of a --data: give that, too")
-    require_device(args.device)
+    require_device(args.device, args.sampler)
     args.out = str(out)
     saved = trained_with(args.init)
     if not args.data:

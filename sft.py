@@ -37,7 +37,7 @@ from rollout import append_jsonl, check_context, clip_gradients, collate, draw, 
 from rollout import fitting, fitting_prompts, load_model, load_problems, log_samples, make_sampler
 from rollout import micro_batches, not_negative, number, opened_thinking, parse_args, positive
 from rollout import render_prompt, require_solutions, run_in, save_checkpoint, sequence_length
-from rollout import shard, share, start_run, sum_of, summarize, token_log_probs
+from rollout import shard, share, start_run, sum_of, summarize, token_log_probs, train_mode
 
 
 def get_args():
@@ -81,7 +81,7 @@ def sft_loss(policy_log_probs, response_mask, num_tokens):
 
 def accumulate_gradients(model, examples, micro_batch_size):
     """Adds the gradient of the batch's loss to .grad, by micro-batches; returns the loss."""
-    model.train()  # gradient checkpointing asks for it; there is no dropout (rollout.load_model)
+    train_mode(model)  # --gradient-checkpointing asks for it; there is no dropout
     num_tokens = sum(len(example.response_ids) for example in examples)
     loss = 0.0
     for micro in micro_batches(examples, micro_batch_size):
@@ -305,8 +305,8 @@ def run(args):
     print(f"data: {args.data} ({len(train)} problems to train on, {len(heldout)} held out)")
     heldout = heldout[: args.eval_problems]
     optimizer = make_optimizer(model, args)
-    state = start_run(args, model, tokenizer, optimizer)
     sampler = make_sampler(model, tokenizer, heldout, args)
+    state = start_run(args, model, tokenizer, optimizer)
     interrupt = Interrupt(args, state["step"])
     if not args.resume:
         measure(0, sampler, heldout, args)

@@ -41,11 +41,11 @@ def pytest_collection_modifyitems(config, items):
     cuda = torch.cuda.is_available() or "TEST_DEVICE" in os.environ  # tests/test_gpu.py can be rehearsed on a CPU
     vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
-        if "gpu" in item.keywords and not cuda:
+        if item.get_closest_marker("gpu") and not cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
+        if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow: asked for with -m slow"))
-        if "vllm" in item.keywords and not vllm:
+        if item.get_closest_marker("vllm") and not vllm:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
 
 

@@ -212,8 +212,8 @@ def toy_fixture(tokenizer, problems, monkeypatch):
     def make(said, student, teacher):
         ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in said]
         rollout = Rollout([1], ids, [0.0] * len(ids), False, problems[0], label="truncated")
-        sampler = SimpleNamespace(sync=lambda model: None)
-        returned = {"load_model": (None, tokenizer), "make_sampler": sampler, "evaluate": [rollout],
+        sampler = SimpleNamespace(model=None, tokenizer=tokenizer)
+        returned = {"load_model": (make_tiny(), tokenizer), "make_sampler": sampler, "evaluate": [rollout],
             "teacher_gap": toy_gap(tokenizer, student, teacher)}  # fmt: skip
         for name, value in returned.items():
             monkeypatch.setattr(evaluation, name, lambda *args, value=value, **kwargs: value)

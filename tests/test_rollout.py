@@ -565,11 +565,12 @@ def test_a_loaded_model_has_no_dropout_in_train_mode(tokenizer, tmp_path):
 def test_rows_that_fit_a_gpu(model, monkeypatch):
     """512 rows of 9,000 tokens of an 8B model are 1.3 TB of cache: fewer at once, and the same rollouts.
 
-    Here a row of 10 tokens takes 10 * 2 * 2 layers * 1 head * 16 * 4 bytes = 2,560.
+    Here a token takes 2 (a key, a value) * 2 layers * 1 head * 16 * 4 bytes = 256, a row of 10 takes 2,560.
     """
     sampler = make_sampler(model)
     assert sampler.rows_that_fit(10) == 512
-    sampler.model = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    assert sampler.bytes_per_token() == 256
+    sampler.model, sampler.bytes_per_token = SimpleNamespace(device=torch.device("cuda")), lambda: 256
     for name, value in {"mem_get_info": (64_000, 0), "memory_reserved": 5_000, "memory_allocated": 5_000}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert sampler.rows_that_fit(10) == 64_000 / 2.5 / 2_560 == 10
