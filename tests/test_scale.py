@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import EOS, VOCAB, make_tiny
-from test_chain import read_rows, run_stage, small_world, weights
+from conftest import EOS, ROOT, VOCAB, make_tiny
+from test_chain import read_rows, run_stage, same_tensors, small_world, weights, words
 from test_resume import metrics_but_time
 from torch.distributed.tensor import DTensor
 
+import eval as eval_stage
 import opsd
 import rlvr
 import rollout
@@ -43,9 +45,12 @@ def child(function, args, rank, count, port, folder):
     for descriptor, name in (1, "stdout"), (2, "stderr"):
         os.dup2(os.open(f"{folder}/{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     rollout.join_processes("cpu")
-    result = function(*args)
+    try:
+        result = function(*args)
+    except Exception as error:  # else multiprocessing reports it in its own way
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1)
     torch.save(result, f"{folder}/result.{rank}")
-    sys.stdout.flush()
 
 
 def start_processes(count, folder, function, *args):
@@ -87,7 +92,7 @@ def make_rollouts(count=8):
 
 
 STAGES = ["sft", "rlvr", "opsd"]
-CASES = list(itertools.product(STAGES, ["tied", "untied"], ["checkpointing", ""], [1, 3, 8]))
+CASES = list(itertools.product(STAGES, ["tied", "untied"], ["checkpointing", ""], [3, 8]))
 
 
 def gradient(stage, tied, checkpointing, micro_batch_size, average=False):
@@ -118,7 +123,16 @@ def gradient(stage, tied, checkpointing, micro_batch_size, average=False):
 
 def all_gradients(chunk):
     rollout.MAX_LOGITS = VOCAB * chunk
-    return {case: gradient(*case) for case in CASES}
+    return {case: gradient(*case) for case in CASES} | {"chunks": chunks_of_a_step()}
+
+
+def chunks_of_a_step():
+    """How many chunks this process cuts a step of sft.py into."""
+    count, plain = [], rollout.checkpoint
+    rollout.checkpoint = lambda *args, **kwargs: count.append(1) or plain(*args, **kwargs)
+    gradient("sft", "tied", "", 3)
+    rollout.checkpoint = plain
+    return len(count)
 
 
 def in_chunks_of(chunk, count, folder):
@@ -135,9 +149,11 @@ def expected():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_gradients_are_those_of_one_process(count, tmp_path, expected):
-    """8 rollouts in micro-batches of 1, 3 and 8: 8, 3 and 1 of them, dealt to 1, 2 and 3 processes. Chunks of 3 tokens:
-    the processes call their heads a different number of times, and a filler once."""
-    for result in in_chunks_of(3, count, tmp_path):
+    """8 rollouts in micro-batches of 3 and 8: 3 and 1 of them, dealt to 1, 2 and 3 processes. In chunks of 3 tokens the
+    processes call their heads a different number of times."""
+    results = in_chunks_of(3, count, tmp_path)
+    assert len({result["chunks"] for result in results}) == count
+    for result in results:
         for case in CASES:
             metrics, gradients, norm, divergences = result[case]
             metrics_of_one, gradients_of_one, norm_of_one, divergences_of_one = expected[case]
@@ -276,3 +292,133 @@ def test_five_steps_are_those_of_one_process(base, runs_of_one, count, tmp_path)
             assert (status, err) == (0, "") and "next: python" in out
     for name in RUNS:
         assert_same_files(tmp_path / name, runs_of_one / name)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_saved_on_two_processes_resumed_on_others(base, runs_of_one, count, tmp_path):
+    """2 steps on 2 processes, 3 more on 1 without torchrun, on 1, on 3: the same run."""
+    in_processes(2, tmp_path, run_all, list(RUNS), base, tmp_path, luck, "--stop-after 2")
+    for status, out, err in in_processes(count, tmp_path, resume_all, list(RUNS), tmp_path)[0]:
+        assert (status, err) == (0, "") and "next: python" in out
+    for name in RUNS:
+        assert_same_files(tmp_path / name, runs_of_one / name)
+
+
+def none(texts, golds):
+    return [False] * len(texts)
+
+
+def test_nothing_is_kept(base, tmp_path):
+    """No response is correct: rlvr.py has no signal, opsd.py nothing to train on. No process waits for another."""
+    for runs in in_processes(3, tmp_path, run_all, ["rlvr", "opsd"], base, tmp_path, none):
+        for status, out, err in runs:
+            assert (status, err) == (0, "") and "next: python" in out
+    assert "5 of 5 steps had no rollout to keep" in out
+    for name in ("rlvr", "opsd"):
+        assert same_tensors(weights(tmp_path / name), weights(base / "sft"))
+
+
+def test_fewer_prompts_than_processes(base, tmp_path):
+    """One prompt a step, one to measure on, three processes: two of them sample nothing."""
+    flags = "--batch-size 1 --eval-problems 1 --steps 2"
+    (tmp_path / "one").mkdir()
+    run_all(["sft", "opsd"], base, tmp_path / "one", luck, flags)
+    for runs in in_processes(3, tmp_path, run_all, ["sft", "opsd"], base, tmp_path, luck, flags):
+        assert [(status, err) for status, _, err in runs] == [(0, "")] * 2
+    for name in ("sft", "opsd"):
+        assert_same_files(tmp_path / name, tmp_path / "one" / name)
+
+
+def compare(base, folder):
+    """eval.py's exit status, what it printed, and its figures but for the speed."""
+    flags = ["--data", base / "problems.jsonl", "--problems 3 --n 2 --max-new-tokens 20", "--json"]
+    end = run_stage(eval_stage, base / "sft", base / "sft", *flags, folder / "result.json")
+    rows = json.loads((folder / "result.json").read_text())["checkpoints"] if rollout.is_first() else []
+    return *end, [{k: v for k, v in row.items() if k != "tok_s"} for row in rows]
+
+
+def test_eval_of_three_problems_on_four_processes(base, tmp_path):
+    """The same table and json, from process 0."""
+    status, out, err, rows = compare(base, tmp_path)
+    first, *others = in_processes(4, tmp_path, compare, base, tmp_path)
+    assert first == (status, out, err, rows) and status == 0 and len(rows) == 2
+    assert [(end[0], end[2], end[3]) for end in others] == [(0, "", [])] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ends
+
+
+def run_until(step, rank, number, base, folder):
+    """opsd.py, in which one process gets a signal in this step."""
+    plain = opsd.optimizer_step
+
+    def optimizer_step(now, *args):
+        if now == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), number)
+        return plain(now, *args)
+
+    opsd.optimizer_step = optimizer_step
+    rollout.verify_batch = luck
+    sys.argv = ["opsd.py", *words(flags_of("opsd", base, folder)), "--device", "cpu"]
+    opsd.main()
+
+
+def ends_of(started, folder):
+    """Exit statuses, and what was said on stdout and on stderr."""
+    for process in started:
+        process.join(60)
+    said = [["".join((folder / f"{name}.{rank}").read_text()) for rank in range(len(started))]
+        for name in ("stdout", "stderr")]  # fmt: skip
+    return [process.exitcode for process in started], *said
+
+
+def test_an_interrupt_that_one_process_sees_stops_all(base, runs_of_one, tmp_path):
+    """The step is finished and saved, and a resumed run is the one that nobody stopped."""
+    started = start_processes(2, tmp_path, run_until, 2, 1, signal.SIGINT, base, tmp_path)
+    statuses, (out, other), errors = ends_of(started, tmp_path)
+    assert statuses == [130, 130] and errors == ["", ""]
+    assert "stopped after step 2; go on with: torchrun --nproc-per-node 2 opsd.py --resume" in out and not other
+    assert in_processes(0, tmp_path, resume_all, ["opsd"], tmp_path)[0][0][0] == 0
+    assert_same_files(tmp_path / "opsd", runs_of_one / "opsd")
+
+
+def test_a_process_that_is_killed_ends_all(base, tmp_path):
+    """As the kernel does where memory is short: at once, and with one line of those that are left."""
+    started = start_processes(3, tmp_path, run_until, 2, 1, signal.SIGKILL, base, tmp_path)
+    before = time.time()
+    statuses, _, errors = ends_of(started, tmp_path)
+    assert statuses[1] == -signal.SIGKILL and all(statuses) and time.time() - before < 40
+    lines = "".join(errors).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: another process has ended"), lines
+
+
+def start_torchrun(script, *flags, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*command, str(ROOT / script), *words(flags), "--device", "cpu"], cwd=cwd,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def test_ctrl_c_to_torchrun(base, tmp_path):
+    """It passes the signal on to all processes, and gives them 30 s: the step is finished and saved."""
+    flags = flags_of("sft", base, tmp_path, "--steps 100000 --eval-every 100000")
+    process = start_torchrun("sft.py", *flags, cwd=tmp_path)
+    said = ""
+    for said in process.stdout:
+        if said.startswith("sft       2/"):
+            process.send_signal(signal.SIGINT)
+    process.wait(60)
+    step = torch.load(tmp_path / "sft" / "trainer_state.pt")["step"]
+    assert said.startswith(f"stopped after step {step}; go on with: torchrun"), said
+
+
+def test_one_that_fails_ends_all_with_its_one_line(base, tmp_path):
+    """A reward of the user's is asked in process 0 alone. Above torchrun's own report stands one line."""
+    (tmp_path / "odd.py").write_text("def score(response, gold):\n    return 'good'\n")
+    flags = flags_of("rlvr", base, tmp_path, "--reward odd:score")
+    process = start_torchrun("rlvr.py", *flags, cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(errors) == 1 and "--reward returned 'good'" in errors[0], err
+    assert err.count("Traceback") == 1, "torchrun's own, and no other"
