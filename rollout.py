@@ -46,7 +46,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from verify import extract_answer, verify_batch
 
@@ -768,7 +767,8 @@ class VLLMSampler:
         limit = min(context_limit(model), longest + args.max_new_tokens)
         try:
             with tempfile.TemporaryDirectory() as folder, self.without_autocast(model):
-                model.config.architectures = [type(model).__name__]  # as save_pretrained would
+                name = type(model).__name__.removeprefix("FSDP")  # FSDP2 renames the class
+                model.config.architectures = [name]  # as save_pretrained would
                 model.config.save_pretrained(folder)  # its weights come by `sync`, prompts as ids
                 self.engine = vllm.LLM(folder, load_format="dummy", skip_tokenizer_init=True,
                     generation_config="vllm", dtype=args.dtype, enable_prefix_caching=True,
@@ -777,6 +777,8 @@ class VLLMSampler:
                     max_num_batched_tokens=None if on_gpu else max(4096, limit),
                     logprobs_mode="processed_logprobs", gpu_memory_utilization=args.vllm_memory,
                     enable_sleep_mode=on_gpu, enforce_eager=not on_gpu,
+                    distributed_executor_backend=  # under torchrun: an engine in each process
+                    "external_launcher" if dist.is_initialized() else None,
                     worker_extension_cls="rollout.WeightSync")
             if self.engine.model_config.using_transformers_backend():
                 fail(f"--sampler vllm: vLLM has no {type(model).__name__} of its own; it would "
@@ -809,9 +811,13 @@ class VLLMSampler:
         self.model, self.stop_ids = model, stop_ids(model, self.tokenizer)
         self.wake("weights")
         with self.without_autocast(model), torch.no_grad():
-            weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
-            weights = revert_weight_conversion(model, weights)
-            self.engine.collective_rpc("sync_weights", args=(weights.items(),))
+            names = {}  # a tied weight is one object of two names: the first counts
+            for name, weight in model.state_dict(keep_vars=True).items():
+                names.setdefault(weight, name)
+            weights = revert_weight_conversion(model, {names[w]: w.detach() for w in names})
+            # Under torchrun all processes put together one whole weight after the other.
+            weights = ((name, whole_tensor(weight)) for name, weight in weights.items())
+            self.engine.collective_rpc("sync_weights", args=(weights,))
         self.engine.reset_prefix_cache()
 
     def generate(self, prompts, group_size=1, *, max_new_tokens, temperature=1.0, seed=0):
@@ -826,18 +832,20 @@ class VLLMSampler:
         seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
         params = [self.params(seed=own, temperature=temperature, max_tokens=max_new_tokens,
             stop_token_ids=list(self.stop_ids), logprobs=0, detokenize=False) for own in seeds]
+        places = [i * group_size + j for i in my_share(range(len(prompts)))
+            for j in range(group_size)]
         self.wake("weights", "kv_cache")
         with self.without_autocast(self.model):
-            outputs = self.engine.generate(
-                [{"prompt_token_ids": prompt} for prompt in repeated], params, use_tqdm=False)
+            outputs = self.engine.generate([{"prompt_token_ids": repeated[i]} for i in places],
+                [params[i] for i in places], use_tqdm=False)
         self.sleep()
-        rollouts = []
-        for prompt, output in zip(repeated, outputs, strict=True):
+        rollouts = [None] * len(repeated)
+        for i, output in zip(places, outputs, strict=True):
             said = output.outputs[0]
             ids = list(said.token_ids)
-            log_probs = [at[i].logprob for at, i in zip(said.logprobs, ids)]
-            rollouts.append(Rollout(prompt, ids, log_probs, said.finish_reason == "stop"))
-        return rollouts
+            log_probs = [at[token].logprob for at, token in zip(said.logprobs, ids)]
+            rollouts[i] = Rollout(repeated[i], ids, log_probs, said.finish_reason == "stop")
+        return merge(rollouts)
 
     @torch.no_grad()
     def error(self, model):
@@ -1495,6 +1503,11 @@ def whole_weights(model):
         part.set_reshard_after_forward(part is not model, recurse=False)
 
 
+def whole_tensor(tensor):
+    """All pieces put together, in all processes, which must ask at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(state, seen=None):
     """A state with tensors in pieces -> the same with whole tensors, in main memory, in process 0
     (None in the others). Tied weights stay one tensor. Without pieces: the state, as it is."""
@@ -1504,7 +1517,7 @@ def whole(state, seen=None):
     if not isinstance(state, DTensor):
         return state
     if id(state) not in seen:
-        tensor = state.detach().full_tensor()  # all processes take part
+        tensor = whole_tensor(state.detach())
         seen[id(state)] = tensor.cpu() if is_first() else None
     return seen[id(state)]
 
@@ -1524,8 +1537,7 @@ def load_optimizer(optimizer, saved):
 def clip_gradients(model, largest_norm):
     """Scales all gradients down to the largest norm -> the norm before."""
     reshard(model)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)).item()
 
 
 # --------------------------------------------------------------------------------------------------
