@@ -6,7 +6,7 @@ what torchrun would tell it. `torchrun` itself runs in the last tests.
 
 import itertools
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -31,7 +31,7 @@ import sft
 from rollout import HFSampler, Problem, Rollout
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["conftest", "test_scale"])
+SERVER.set_forkserver_preload(["test_scale"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,6 +51,14 @@ def child(function, args, rank, count, port, folder):
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1)
     torch.save(result, f"{folder}/result.{rank}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server():
+    """Python up to 3.12 does not tell the server where to find modules: it would import nothing, and say nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}")
+        multiprocessing.forkserver.ensure_running()
 
 
 def start_processes(count, folder, function, *args):
@@ -208,7 +216,8 @@ RUNS = {
 
 
 def luck(texts, golds):
-    """About half of the responses count as correct."""
+    """About half of the responses count as correct. Only process 0 may ask: two deadlines may end differently."""
+    assert rollout.is_first()
     return [len(text) % 2 == 0 for text in texts]
 
 
@@ -305,6 +314,7 @@ def test_saved_on_two_processes_resumed_on_others(base, runs_of_one, count, tmp_
 
 
 def none(texts, golds):
+    assert rollout.is_first()
     return [False] * len(texts)
 
 
