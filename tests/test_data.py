@@ -23,6 +23,9 @@ CHAT = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": 
 ROWS = {  # by data set whose form it is: a row, and what it says
     "GSM8K": ({"question": "1+1?", "answer": "She has 1+1 = <<1+1=2>>2,\nso 2000.\n#### 2,000"},
         Problem("1+1?", "2000", "She has 1+1 = 2,\nso 2000.")),
+    "a list behind GSM8K's mark": ({"question": "Which?", "answer": "So.\n#### (1, 2,000)"},
+        Problem("Which?", "(1, 2000)", "So.")),
+    "a blank answer": ({"problem": "1+1?", "answer": " ", "solution": STEPS}, Problem("1+1?", "2", STEPS)),
     "MATH": ({"problem": "1+1?", "solution": STEPS, "level": "1", "type": "x"}, Problem("1+1?", "2", STEPS)),
     "MATH-500": ({"problem": "1+1?", "solution": STEPS, "answer": "2.0"}, Problem("1+1?", "2.0", STEPS)),
     "DAPO-Math, verl's": ({"prompt": [{"role": "user", "content": DAPO.format("1+1?")}], "ability": "MATH",
@@ -48,11 +51,19 @@ def test_rows_without_an_answer_are_counted(write_jsonl, capsys):
     """A problem without a gold is one that nobody can solve: a reward of 0 for whatever is said."""
     good = {"problem": "1+1?", "answer": "2"}
     rows = [good, {"problem": "2+2?"}, {"answer": "4"}, {"problem": "2+2?", "answer": ""},
-        {"problem": None, "answer": "4"}, {"problem": "2+2?", "answer": None, "solution": "Clearly it is."}, good]
+        {"problem": None, "answer": "4"}, {"problem": "2+2?", "answer": None, "solution": "Clearly it is."}, good,
+        {"messages": [{"role": "user", "content": None}], "answer": "4"}]
     assert read_problems(write_jsonl(rows)) == [Problem("1+1?", "2", "")]  # the last repeats the first
     said = capsys.readouterr().out
-    assert "5 of 7 rows are left out, 2 without a problem, 3 without an answer; the first is row 2" in said
-    assert "1 of 7 rows repeat another row and are left out" in said
+    assert "6 of 8 rows are left out, 3 without a problem, 3 without an answer; the first is row 2" in said
+    assert "1 of 8 rows repeat another row and are left out" in said
+
+
+def test_a_number_that_python_does_not_read(write_jsonl, fails_with, tmp_path):
+    """json.loads refuses integers of over 4,300 digits, with an error of its own."""
+    path = tmp_path / "large.jsonl"
+    path.write_text('{"problem": "p", "answer": %s}\n' % ("1" * 5000))
+    fails_with(lambda: read_problems(str(path)), f"{path}:1: ")
 
 
 def test_a_chat_of_several_turns(write_jsonl):
@@ -178,6 +189,11 @@ def test_a_look_at_the_data(write_jsonl, monkeypatch, capsys, tokenizer, tmp_pat
     assert "A correct solution: It is 3." in said
     assert "--- gold: 3\n" in said and "10 usable problems" in said and "10 of 10 golds" in said
     assert f"student's prompt, {said.split('prompt, ')[1].split()[0]} tokens" in said
+    (tmp_path / "init" / "args.json").write_text(json.dumps({"data": path, "thinking": False}))
+    monkeypatch.setattr(sys, "argv", ["rollout.py", "--init", str(tmp_path / "init")])
+    rollout.main()  # the data and the thinking of --init, as in the stages
+    said = capsys.readouterr().out
+    assert "<|assistant|><think></think>" in said and "10 usable problems" in said
 
 
 # ------------------------------------------------------------------------------------------------------------

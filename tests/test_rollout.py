@@ -255,8 +255,12 @@ def test_a_prompt_says_the_same_alone_and_in_a_batch(any_model):
 def test_chunks_of_any_size_say_the_same(model, max_rows):
     """A memory setting must not change results, as it does where each chunk starts its luck anew."""
     whole = make_sampler(model).generate(PROMPTS, 3, max_new_tokens=14)
-    chunked = make_sampler(model, max_rows=max_rows).generate(PROMPTS, 3, max_new_tokens=14)
-    assert_same_rollouts(chunked, whole)
+    sampler = make_sampler(model, max_rows=max_rows)
+    rows, sample_chunk = [], sampler._generate_chunk
+    sampler._generate_chunk = lambda prompts, group_size, *rest: (
+        rows.append(len(prompts) * group_size) or sample_chunk(prompts, group_size, *rest))
+    assert_same_rollouts(sampler.generate(PROMPTS, 3, max_new_tokens=14), whole)
+    assert max(rows) <= max_rows  # a group larger than that is sampled in parts
 
 
 def test_a_group_belongs_to_its_prompt(model):

@@ -9,6 +9,7 @@ The pages are tests/bench/README.md and, for the pretrained model, tests/experim
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -65,10 +66,11 @@ def collect(folder):
     import torch
     import transformers
 
+    on_gpu = torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu"
     log = folder / "tests.log"
     lines = log.read_text().strip().splitlines() if log.is_file() else []
     seen = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "tests": lines[-1].strip("= ") if lines else None,
         "speed": [read(path) for path in sorted(folder.glob("speed-*.json"))],

@@ -67,8 +67,8 @@ tests() {
 
 speed() { # tokens per second, share of the peak, peak of memory
   if [ "$size" = full ]; then
-    step speed-0.6B 200 python3 tests/bench/bench_model.py --size 0.6B --json "$out/speed-0.6B.json" || true
-    step speed-1.7B 300 python3 tests/bench/bench_model.py --size 1.7B --json "$out/speed-1.7B.json" || true
+    step speed-0.6B 200 python3 tests/bench/bench_model.py --size 0.6B --device "$device" --json "$out/speed-0.6B.json" || true
+    step speed-1.7B 300 python3 tests/bench/bench_model.py --size 1.7B --device "$device" --json "$out/speed-1.7B.json" || true
   else
     step speed-tiny 100 python3 tests/bench/bench_model.py --size tiny --rows 16 --prompt-tokens 8 --new-tokens 8 \
       --micro-batch-size 4 --device "$device" --json "$out/speed-tiny.json" || true
