@@ -1321,7 +1321,7 @@ class Interrupt:
     """Ctrl-C (or SIGTERM) finishes the step and saves; a second one stops at once."""
 
     def __init__(self, args, step):
-        self.asked, self.out = False, args.out
+        self.asked, self.agreed, self.out = False, False, args.out
         self.last_step = step + args.stop_after if args.stop_after else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
@@ -1333,15 +1333,15 @@ class Interrupt:
         signal.signal(number, signal.SIG_DFL)
 
     def now(self, step):
-        self.asked = sum_of(self.asked) > 0  # one process that was asked stops all
-        return self.asked or step == self.last_step
+        self.agreed = sum_of(self.asked) > 0  # one process that was asked stops all
+        return self.agreed or step == self.last_step
 
     def stop(self, step):
         launcher = f"torchrun --nproc-per-node {processes()}" if dist.is_initialized() else "python"
         print(f"stopped after step {step}; go on with: "
             f"{launcher} {sys.argv[0]} --resume --out {self.out}")
         meet()
-        raise SystemExit(130 if self.asked else 0)
+        raise SystemExit(130 if self.agreed else 0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -393,6 +393,21 @@ def test_an_interrupt_that_one_process_sees_stops_all(base, runs_of_one, tmp_pat
     assert_same_files(tmp_path / "opsd", runs_of_one / "opsd")
 
 
+def test_an_interrupt_while_processes_agree_is_not_lost(monkeypatch):
+    """It came too late for this step, in which the others go on. The next step sees it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt = rollout.Interrupt(SimpleNamespace(stop_after=None, out="out"), 0)
+
+    def sum_of(value):
+        interrupt.asked = True
+        return float(value)
+
+    monkeypatch.setattr(rollout, "sum_of", sum_of)
+    assert [interrupt.now(step) for step in (1, 2)] == [False, True]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def test_a_process_that_is_killed_ends_all(base, tmp_path):
     """As the kernel does where memory is short: at once, and with one line of those that are left."""
     started = start_processes(3, tmp_path, run_until, 2, 1, signal.SIGKILL, base, tmp_path)
