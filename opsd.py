@@ -26,7 +26,7 @@ gradient of L either.) What does depend on y_t is log pi_T(y_t) - log pi_S(y_t):
 expected gradient is that of -KL_t, with more noise.
 
 Logits of a batch would be the run's largest tensors; they exist a chunk of tokens at a time
-(rollout.in_chunks). Left out: top-k or sampled-token divergences, several GPUs.
+(rollout.in_chunks). Left out: top-k or sampled-token divergences.
 """
 
 import argparse

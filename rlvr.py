@@ -22,7 +22,7 @@ With one update per batch rho is about 1. Then the loss is the mean of -A, near 
 as responses differ in length), and its gradient is -1/N sum A grad log pi(y_t), which is not. So
 the loss says nothing: watch the reward.
 
-Left out: value network, reward model, soft length penalties, asynchronous sampling, several GPUs.
+Left out: value network, reward model, soft length penalties, asynchronous sampling.
 """
 
 import argparse

@@ -17,7 +17,7 @@ demonstrations, --privileged-frac, is written with the solution in the prompt, i
 that opsd.py's teacher will read, and is right and brief. So a new model learns what a pretrained
 one knows already: whoever holds the solution can follow it, and need not check.
 
-Left out: packing examples into one row (batches of like length waste little), LoRA, several GPUs.
+Left out: packing examples into one row (batches of like length waste little), LoRA.
 """
 
 import argparse

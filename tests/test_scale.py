@@ -71,13 +71,22 @@ def start_processes(count, folder, function, *args):
     return started
 
 
+def wait_for(processes):
+    """A minute; those that wait for one another for longer are ended."""
+    deadline = time.time() + 60
+    for process in processes:
+        process.join(max(0, deadline - time.time()))
+    for process in processes:
+        process.kill()
+        process.join()
+
+
 def in_processes(count, folder, function, *args):
     """function(*args) in each of so many processes -> what each returned. 0: here, without torchrun."""
     if count == 0:
         return [function(*args)]
     started = start_processes(count, folder, function, *args)
-    for process in started:
-        process.join(60)
+    wait_for(started)
     errors = [(folder / f"stderr.{rank}").read_text() for rank in range(count)]
     assert [process.exitcode for process in started] == [0] * count, "".join(errors)
     return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(count)]
@@ -209,7 +218,7 @@ def gradient_and_operations(case):
 BASE_FLAGS = "--steps 5 --batch-size 4 --micro-batch-size 3 --eval-problems 5 --max-new-tokens 23 --lr 1e-3"
 RUNS = {
     "sft": (sft, ""),
-    "rlvr": (rlvr, "--group-size 3 --kl-coef 0.1 --updates-per-batch 2 --refill 1"),
+    "rlvr": (rlvr, "--group-size 3 --kl-coef 0.1 --updates-per-batch 2 --refill 1 --reward test_scale:reward"),
     "opsd": (opsd, "--group-size 2 --teacher ema --ema-decay 0.8 --only-correct"),
     "refresh": (opsd, "--teacher refresh --refresh-every 2 --context wrong-answer --match-budget"),
 }
@@ -219,6 +228,12 @@ def luck(texts, golds):
     """About half of the responses count as correct. Only process 0 may ask: two deadlines may end differently."""
     assert rollout.is_first()
     return [len(text) % 2 == 0 for text in texts]
+
+
+def reward(response, gold):
+    """The user's own, which may look at a clock or ask a server: asked once, too."""
+    assert rollout.is_first()
+    return len(response) % 3 / 2
 
 
 def flags_of(name, base, folder, *more):
@@ -313,6 +328,22 @@ def test_saved_on_two_processes_resumed_on_others(base, runs_of_one, count, tmp_
         assert_same_files(tmp_path / name, runs_of_one / name)
 
 
+def save_slowly(folder):
+    """-> whether the checkpoint is there when save_checkpoint returns, which process 0 takes its time to write."""
+    write = rollout.write_checkpoint
+    rollout.write_checkpoint = lambda *args: time.sleep(0.5) or write(*args)
+    model = rollout.shard(make_tiny(), "cpu")
+    args = SimpleNamespace(out=str(folder), weight_decay=0.0, lr=0.1)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    rollout.save_checkpoint(args, model, tokenizer, sft.make_optimizer(model, args), {"step": 1})
+    return (folder / "trainer_state.pt").exists()
+
+
+def test_no_process_goes_on_before_a_save_is_whole(tmp_path):
+    """A process that ended meanwhile would make torchrun end the one that writes."""
+    assert in_processes(2, tmp_path, save_slowly, tmp_path) == [True, True]
+
+
 def none(texts, golds):
     assert rollout.is_first()
     return [False] * len(texts)
@@ -376,8 +407,7 @@ def run_until(step, rank, number, base, folder):
 
 def ends_of(started, folder):
     """Exit statuses, and what was said on stdout and on stderr."""
-    for process in started:
-        process.join(60)
+    wait_for(started)
     said = [["".join((folder / f"{name}.{rank}").read_text()) for rank in range(len(started))]
         for name in ("stdout", "stderr")]  # fmt: skip
     return [process.exitcode for process in started], *said

@@ -21,6 +21,18 @@ what CUDA itself takes (1 to 3 GB) and what the allocator cannot use.
 While a stage samples there are no gradients and no activations. Keys and values of one token: 2 (one key, one
 value) x L x key heads x head size x 2 bytes.
 
+Several GPUs (torchrun; --gpus prints that table): each of N holds an Nth of weights, gradients, moments and second
+model. FSDP2 puts together what is at work:
+
+    root            embeddings, head and last norm: 4 bytes a parameter, whole, and so is their gradient; the second
+                    model's too, without a gradient
+    layers          one at work and the next: 4 bytes a parameter each, and as much for the gradient of one and
+                    what is sent of it
+
+--sampler hf puts the whole model together while it samples: 4 bytes a parameter, beside the Nth of all else.
+--sampler vllm holds it in bfloat16, 2 bytes a parameter, in main memory while the trainer works; while it gets new
+weights, the largest one is whole in fp32. Main memory, while a model is loaded: 4 bytes a parameter for each GPU.
+
 A checkpoint on disk: 4 bytes of weight and 8 of AdamW's moments a parameter. A save writes the new one beside
 the old one, so for a moment there are two.
 """
@@ -78,6 +90,38 @@ def total(parts):
     return sum(size for name, size in parts.items() if name != "parameters")
 
 
+def per_gpu(config, tokens, second_model, count):
+    """Bytes on each of `count` GPUs: a training step at its peak; sampling with hf, cache not counted."""
+    parts = memory(config, tokens, second_model)
+    pieces = parts["weights"] + parts["gradients"] + parts["AdamW"] + parts["second model"]
+    training = pieces / count + parts["layer inputs"] + parts["one layer or head"]
+    resting = (pieces - parts["gradients"]) / count
+    sampling = resting + parts["weights"]
+    if count == 1:
+        return training, resting
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = parts["parameters"] - layer * config.num_hidden_layers
+    training += 4 * root * (3 if second_model else 2) + 4 * layer * 4
+    return training, sampling
+
+
+def print_several_gpus(tokens):
+    print(f"GB on each GPU, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
+    print("| Qwen3 | GPUs | sft, rlvr: training | opsd: training | opsd: sampling, hf | main memory, all: loading "
+        "| main memory, all: vLLM's weights |")
+    print("|---" * 7 + "|")
+    for name in ("1.7B", "4B", "8B"):
+        config = make_config(name)
+        weights = memory(config, tokens, False)["weights"]
+        for count in (1, 2, 4, 8, 16):
+            one, _ = per_gpu(config, tokens, False, count)
+            two, sampling = per_gpu(config, tokens, True, count)
+            print(f"| {name} | {count} | {one / GB:.0f} | {two / GB:.0f} | {sampling / GB:.0f} "
+                f"| {count * weights / GB:.0f} | {count * weights / 2 / GB:.0f} |")
+
+
 def cache_bytes(config):
     """Bytes of one token's keys and values in bfloat16, in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
@@ -87,7 +131,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=9216,
         help="of a micro-batch, prompts and padding included")
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--gpus", action="store_true", help="memory of each of several GPUs")
+    args = parser.parse_args()
+    tokens = args.tokens
+    if args.gpus:
+        print_several_gpus(tokens)
+        return
     print(f"GB, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
     print("| Qwen3 | parameters | weights | gradients | AdamW | layer inputs | one layer or head (opsd) "
         "| sft, rlvr: in all | second model | opsd: in all | KV cache, 1,000 tokens | on disk |")

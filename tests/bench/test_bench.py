@@ -40,6 +40,24 @@ def test_a_table_is_what_its_command_prints(script, monkeypatch, capsys):
     assert f"<!-- table: {script.__name__}.py -->\n\n{table}\n\n<!-- end -->" in PAGE.read_text()
 
 
+@pytest.mark.parametrize("script", [memory, hours], ids=["memory.py", "hours.py"])
+def test_the_tables_of_several_gpus_too(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--gpus"])
+    script.main()
+    printed = capsys.readouterr().out
+    table = printed[printed.index("| ") :].strip()
+    assert f"<!-- table: {script.__name__}.py --gpus -->\n\n{table}\n\n<!-- end -->" in PAGE.read_text()
+
+
+def test_memory_of_four_gpus_by_hand():
+    """Qwen3-8B, one token: 8,190,735,360 parameters. 20 bytes each, a quarter: 40.95 GB. Root: 2 * 151,936 * 4096 +
+    4096 = 1.2447 B, 12 bytes each: 14.94. A layer: (8.1907 - 1.2447) / 36 = 0.19295 B, 16 bytes each: 3.09. The head's
+    gradient: 6 * 4096 * 151,936 = 3.73. In all 62.71."""
+    training, sampling = memory.per_gpu(memory.make_config("8B"), 1, True, 4)
+    assert training / memory.GB == pytest.approx(62.71, abs=0.01)
+    assert sampling / memory.GB == pytest.approx(8.1907 * (16 / 4 + 4), abs=0.01)
+
+
 def test_memory_by_hand(monkeypatch, capsys):
     """Qwen3-0.6B, one token: 596,049,920 parameters (tied). At 4 bytes 2.38 GB, at 8 4.77, at 12 (on disk)
     7.15, at 16 9.54, at 20 11.92. The head: 6 * 1024 * 151,936 bytes = 0.93 GB; 9.54 + 0.93 = 10.47, 11.92 +
@@ -60,6 +78,9 @@ def test_the_readmes_gigabytes_are_computed():
     assert f" {gigabytes('1.7B', True)} GB for OPSD" in page
     assert f"It takes {gigabytes('8B', True)} GB on one device" in page
     assert f"with the settings of the authors' scripts, takes {gigabytes('8B', False)} GB" in page
+    config = memory.make_config("8B")
+    train, second = (round(memory.per_gpu(config, 9216, second, 4)[0] / memory.GB) for second in (False, True))
+    assert f"on 4 GPUs of 80 GB: {second} GB on each" in page and f", or {train} on each of 4" in page
 
 
 SHAPES = {  # what is largest: hidden, intermediate, layers, heads, vocabulary, tokens, tokens of a chunk

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = {"--help", "--no-deps", "--index-url"}  # flags of pip, and what every script has
+ELSEWHERE = {"--help", "--no-deps", "--index-url", "--shutdown-timeout"}  # of pip, of torchrun, of every script
 
 
 def split_code(text):
@@ -65,7 +65,7 @@ def commands(page):
     for piece in pieces:
         without_comment = re.sub(r"\s#.*", "", piece)
         for command in without_comment.split("&&"):
-            match = re.search(r"\b(?:python|bash) ([\w./-]+\.(?:py|sh))\b(.*)", command)
+            match = re.search(r"\b(?:python|bash|torchrun --nproc-per-node \d+) ([\w./-]+\.(?:py|sh))\b(.*)", command)
             if match:
                 found.append((match[1], match[2]))
     return found
