@@ -21,13 +21,6 @@ what CUDA itself takes (1 to 3 GB) and what the allocator cannot use.
 While a stage samples there are no gradients and no activations. Keys and values of one token: 2 (one key, one
 value) x L x key heads x head size x 2 bytes.
 
-Under torchrun, on N GPUs, each holds 1/N of weights, gradients, moments and second model. Beside that it holds
-whole, in fp32: embeddings and head, with their gradient, and the second model's; two layers, one in use and the
-next. Its micro-batches are as large as on one GPU. While it samples, vLLM has its share (--vllm-memory) and the
-trainer's weights, moments and second model are there, in pieces. In main memory: each process loads a whole
-model in fp32 before it is cut; vLLM's weights in bfloat16 wait there while the trainer works; process 0 puts a
-whole checkpoint together for a save.
-
 A checkpoint on disk: 4 bytes of weight and 8 of AdamW's moments a parameter. A save writes the new one beside
 the old one, so for a moment there are two.
 """
@@ -85,21 +78,6 @@ def total(parts):
     return sum(size for name, size in parts.items() if name != "parameters")
 
 
-def per_gpu(config, tokens, second_model, n):
-    """Bytes on each of n GPUs: (in a training step, of the trainer while vLLM samples)."""
-    one = memory(config, tokens, second_model)
-    if n == 1:
-        return total(one), one["weights"] + one["AdamW"] + one["second model"]
-    pieces = (one["weights"] + one["gradients"] + one["AdamW"] + one["second model"]) / n
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(config)
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - layer * config.num_hidden_layers
-    whole = 4 * (3 * root if second_model else 2 * root) + 2 * 4 * layer
-    training = pieces + whole + one["layer inputs"] + one["one layer or head"]
-    return training, pieces - one["gradients"] / n
-
-
 def cache_bytes(config):
     """Bytes of one token's keys and values in bfloat16, in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
@@ -109,9 +87,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=9216,
         help="of a micro-batch, prompts and padding included")
-    parser.add_argument("--gpus", action="store_true", help="also what opsd.py takes on 1 to 8 GPUs")
-    args = parser.parse_args()
-    tokens, gpus = args.tokens, args.gpus
+    tokens = parser.parse_args().tokens
     print(f"GB, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
     print("| Qwen3 | parameters | weights | gradients | AdamW | layer inputs | one layer or head (opsd) "
         "| sft, rlvr: in all | second model | opsd: in all | KV cache, 1,000 tokens | on disk |")
@@ -127,21 +103,6 @@ def main():
             f"| {gb['one layer or head']} ({two['one layer or head'] / GB:.1f}) | {total(one) / GB:.0f} "
             f"| {two['second model'] / GB:.1f} | {total(two) / GB:.0f} "
             f"| {1000 * cache_bytes(config) / GB:.2f} | {12 * one['parameters'] / GB:.0f} |")
-    if gpus:
-        print_per_gpu(tokens)
-
-
-def print_per_gpu(tokens):
-    print("\n| opsd on N GPUs | N | training, GB a GPU | sampling: trainer, GB a GPU | vLLM's weights, GB a GPU "
-        "| main memory to load, GB | to save, GB |")
-    print("|---" * 7 + "|")
-    for name in ("1.7B", "8B"):
-        config = make_config(name)
-        parameters = memory(config, tokens, True)["parameters"]
-        for n in (1, 2, 4, 8):
-            training, sampling = per_gpu(config, tokens, True, n)
-            print(f"| {name} | {n} | {training / GB:.0f} | {sampling / GB:.0f} | {2 * parameters / GB:.0f} "
-                f"| {n * 4 * parameters / GB:.0f} | {12 * parameters / GB:.0f} |")
 
 
 if __name__ == "__main__":
