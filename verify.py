@@ -29,6 +29,7 @@ cannot grow, and no text makes `verify` raise or take 0.1 s. `verify_batch` has 
 """
 
 import json
+import math
 import operator
 import random
 import re
@@ -80,6 +81,8 @@ def compare_texts(text, gold):
         return False, f"{unit} is not {gold_unit}"
     if unit and unname(answer)[1].names or gold_unit and unname(gold)[1].names:
         return False, "a unit behind a formula: in 2x^3 ml it may be m times l"
+    if "degree" in (unit, gold_unit) and unit != gold_unit and not answer.plain:
+        return False, "degrees of what is no number"  # pi/2 degrees are not pi/2
     percent = text.endswith(" %") and answer.plain
     bare = gold.plain and gold.op == "constant" and gold.at[0] > 1 and not gold_unit
     if percent and bare and compare(parse_math(text[:-2]), gold)[0]:
@@ -261,7 +264,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
     "%": lambda a: a / 100, r"\degree": lambda a: a * MP.pi / 180,
     "!": lambda a: MP.factorial(a) if a in range(35) else MP.nan,
     **{name: getattr(MP, name[1:]) for name in FUNCTIONS}}
-PARTS = {"neg": {"constant", "mixed", "/", "^", "!", "%"}, "/": {"constant", "neg", "^"},
+PARTS = {"neg": {"constant", "E", "mixed", "/", "^", "!", "%"}, "/": {"constant", "neg", "^"},
     "^": {"constant", "neg", "/"}, "%": {"constant", "neg", "/"}, "!": {"constant"}}
 
 
@@ -277,13 +280,17 @@ def apply(op, *values):
 def is_plain(op, values):
     """Whether nothing is left to compute, as in -3, 3/4, 5%, 4! and (3/4)^2, but not in a sum, a
     product, 4!/3!, 2^3/2^2 or 2^(1/2). PARTS says what each operation may be applied to."""
-    for value in values:
-        integer = value.op == "/" and MP.isint(value.at[0])
-        if not value.plain or not (integer or value.op in PARTS.get(op, ())):
-            return False
+    if op not in PARTS or not all(value.plain for value in values):
+        return False
+    numbers = [value.at[0] for value in values]
+    whole = [value.op == "/" and MP.isint(value.at[0]) for value in values]  # 6/2
+    if not all(value.op in PARTS[op] or is_whole for value, is_whole in zip(values, whole)):
+        return False
     if op == "^":
-        return MP.isint(values[1].at[0])
-    return [value.op for value in values] != ["^", "^"]
+        return MP.isint(numbers[1]) and not whole[0]
+    if op == "/" and "^" in [value.op for value in values]:  # 3/2^10, but not 24/2^3
+        return all(map(MP.isint, numbers)) and math.gcd(*map(int, numbers)) == 1
+    return op != "!" or not any(whole)
 
 
 def compute(op, *numbers):
@@ -448,7 +455,7 @@ class Parser:
         number = constant(token.replace(",", ""), plain=True)
         if len(token) > MAX_DIGITS or MP.isnan(compute("+", number.at[0], 0)) or self.peek() == "_":
             raise ValueError("a number too large or too small, or in another base")
-        return number
+        return number._replace(op="E") if "e" in token.lower() else number
 
     def argument(self):
         """What a TeX command takes: a group in braces, or one digit, letter or command."""

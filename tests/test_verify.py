@@ -211,6 +211,8 @@ KINDS = {
         30^0 == 30
         \sin 30 == 1/2
         30^\circ == 60^\circ
+        \frac{\pi}{2}^\circ == \frac{\pi}{2}
+        (3,\frac{\pi}{2}^\circ) == (3,\frac{\pi}{2})
         """),
     "roots": ("Surds are compared to more digits than a float has.", r"""
         \sqrt2 == \sqrt{2}
@@ -644,6 +646,8 @@ KINDS = {
         -\frac{6}{3} == -2
         3+4=7 == 7
         \frac{\frac{28}{2}}{2} == 7
+        \frac{3}{2^{10}} == 3/1024
+        2^{\frac{20}{2}} == 1024
         """, r"""
         7 == 3+4
         7 == \sqrt{49}
@@ -658,6 +662,16 @@ KINDS = {
         7 == \frac{1}{\frac17}
         \frac23 == \frac{1\frac12}{2\frac14}
         720 == (3!)!
+        2000 == \frac{6\cdot10^{23}}{3\cdot10^{20}}
+        500 == (1.5\times10^8)/(3\times10^5)
+        1000 == \frac{1\cdot10^5}{10^2}
+        36000000 == (6\cdot10^3)^2
+        648 == \frac{36^2}{2}
+        3 == \frac{24}{2^3}
+        282475249 == \frac{7^{12}}{49}
+        9 == (\frac{6}{2})^2
+        720 == (12/2)!
+        \frac{9}{16} == \frac{(3/2)^2}{4}
         5 == -(-5)
         5 == --5
         7 == \frac{14}{1+1}
