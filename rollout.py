@@ -10,7 +10,9 @@ Three rules hold everywhere. Breaking any of them gives a bug that trains withou
   - Sequences are scored padded on the right. A causal model cannot see what comes later, so scoring
     needs no attention mask, and positions start at 0. Only the sampler pads left, with a mask.
 
-The last quarter, from "A run and its folder" on, is plumbing: leave it out at a first reading.
+The last quarter, from "A run and its folder" on, is plumbing: leave it out at a first reading. So
+are the calls of its functions above: with one process `my_share`, `once`, `merge`, `deal`,
+`unshard` and `reshard` do nothing.
 
     python rollout.py --data my.jsonl --init Qwen/Qwen3-1.7B    # data as the model will see it
 """
@@ -376,7 +378,8 @@ def load_model(path, device="cpu", attn_implementation=None, gradient_checkpoint
         fail(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_at_start(model, f"{path}: {type(model).__name__} is not trained right", trainer_error)
+    if not dist.is_initialized():  # else `shard` does it, where the model then is
+        check_at_start(model, f"{path}: {type(model).__name__} is not trained right", trainer_error)
     return model, tokenizer
 
 
@@ -1354,7 +1357,7 @@ class Interrupt:
 
 
 def join_processes(device):
-    """Under torchrun: the others are met, a GPU is taken, and only process 0 prints from here on."""
+    """Under torchrun: meets the others, takes a GPU. From here on only process 0 prints."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -1438,8 +1441,8 @@ def my_share(items):
 
 
 def deal(micros):
-    """This process's micro-batches. All processes need as many, or FSDP2 waits forever: the last are
-    filled up with one item that has a prompt and no response, which adds 0 to every sum."""
+    """This process's micro-batches. All processes need as many, or FSDP2 waits forever. So the last
+    round is filled up with an item that has a prompt and no response: it adds 0 to every sum."""
     if processes() == 1 or not micros:
         return micros
     filler = copy.copy(micros[-1][-1])  # the shortest
@@ -1451,7 +1454,7 @@ def shard(model, device):
     """Under torchrun: the model in pieces, on `device`. Without it: the model, as it is."""
     if not dist.is_initialized():
         return model
-    mesh = init_device_mesh(device, (processes(),))
+    mesh, name = init_device_mesh(device, (processes(),)), type(model).__name__
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):  # its layers
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -1464,6 +1467,8 @@ def shard(model, device):
         part.set_force_sum_reduction_for_comms(True)
     model.sharded_base_model = model.base_model.__call__
     register_fsdp_forward_method(model, "sharded_base_model")
+    check_at_start(model, f"{name} is not trained right, in pieces", trainer_error)
+    reshard(model)
     return model
 
 
@@ -1480,7 +1485,7 @@ def reshard(model):
 
 
 def unshard(model):
-    """Pieces -> whole weights, so that each process can sample without the others, until `reshard`."""
+    """Pieces -> whole weights: until `reshard` each process can sample without the others."""
     reshard(model)
     for part in sharded_parts(model):
         part.set_reshard_after_forward(False, recurse=False)
