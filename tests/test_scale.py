@@ -1,7 +1,7 @@
 """Several processes give the numbers, the rollouts and the files of one: tests on CPUs, with gloo.
 
-A process of a test is forked from a server that has imported everything already, so it starts at once. It sees
-what torchrun would tell it. `torchrun` itself runs in the last tests.
+A process of a test is forked from a server that has imported everything already, so it starts at once. It
+sees what torchrun would tell it. `torchrun` itself runs in the last tests.
 """
 
 import itertools
@@ -39,8 +39,9 @@ SERVER.set_forkserver_preload(["test_scale"])
 
 
 def child(function, args, rank, count, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     torch.set_num_threads(1)
     for descriptor, name in (1, "stdout"), (2, "stderr"):
         os.dup2(os.open(f"{folder}/{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -55,7 +56,8 @@ def child(function, args, rank, count, port, folder):
 
 @pytest.fixture(autouse=True, scope="module")
 def server():
-    """Python up to 3.12 does not tell the server where to find modules: it would import nothing, and say nothing."""
+    """Python up to 3.12 does not tell the server where to find modules: it would import nothing, and say
+    nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}")
         multiprocessing.forkserver.ensure_running()
@@ -97,11 +99,13 @@ def in_processes(count, folder, function, *args):
 
 
 def make_rollouts(count=8):
-    """Prompts of 1 to 9 tokens, responses of 1 to 7. Sorted and cut into threes: no two micro-batches alike."""
+    """Prompts of 1 to 9 tokens, responses of 1 to 7. Sorted and cut into threes: no two micro-batches
+    alike."""
     rng, made = random.Random(7), []
     for i in range(count):
         response = [rng.randrange(1, VOCAB) for _ in range(rng.randrange(7))] + [EOS]
-        prompt, label = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))], ["correct", "incorrect"][i % 2]
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))]
+        label = ["correct", "incorrect"][i % 2]
         made.append(Rollout(prompt, response, [rng.uniform(-4.5, -1.5) for _ in response], True,
             Problem(f"problem {i}", str(i)), label=label, advantage=rng.uniform(-1, 1),
             teacher_prompt_ids=prompt + [5] * rng.randint(1, 6)))  # fmt: skip
@@ -123,7 +127,8 @@ def gradient(stage, tied, checkpointing, micro_batch_size, average=False):
     for part in rollout.sharded_parts(model) if average else []:  # FSDP2's default
         part.set_gradient_divide_factor(float(dist.get_world_size()))
     args = SimpleNamespace(micro_batch_size=micro_batch_size, loss_normalization="token", max_new_tokens=7,
-        temperature=0.8, clip_low=0.2, clip_high=0.28, ratio_cap=3.0, kl_coef=0.1, divergence="reverse", beta=0.5)
+        temperature=0.8, clip_low=0.2, clip_high=0.28, ratio_cap=3.0, kl_coef=0.1,
+        divergence="reverse", beta=0.5)  # fmt: skip
     rollouts, divergences = make_rollouts(), []
     if stage == "sft":
         metrics = {"loss": sft.accumulate_gradients(model, rollouts, micro_batch_size)}
@@ -166,8 +171,8 @@ def expected():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_gradients_are_those_of_one_process(count, tmp_path, expected):
-    """8 rollouts in micro-batches of 3 and 8: 3 and 1 of them, dealt to 1, 2 and 3 processes. In chunks of 3 tokens the
-    processes call their heads a different number of times."""
+    """8 rollouts in micro-batches of 3 and 8: 3 and 1 of them, dealt to 1, 2 and 3 processes. In chunks of 3
+    tokens the processes call their heads a different number of times."""
     results = in_chunks_of(3, count, tmp_path)
     assert len({result["chunks"] for result in results}) == count
     for result in results:
@@ -186,8 +191,9 @@ def test_gradients_are_those_of_one_process(count, tmp_path, expected):
 
 
 def test_gradients_are_summed_not_averaged(tmp_path):
-    """FSDP2's default is the mean, which gloo silently sums: on CPUs the default passes the tests above, on GPUs
-    it trains at 1/N of the rate. So no backend may be asked for anything but a sum, and nothing may be divided."""
+    """FSDP2's default is the mean, which gloo silently sums: on CPUs the default passes the tests above, on
+    GPUs it trains at 1/N of the rate. So no backend may be asked for anything but a sum, and nothing may be
+    divided."""
     case = ("sft", "tied", "", 3)
     for metrics, gradients, _, operations in in_processes(2, tmp_path, gradient_and_operations, case):
         assert set(operations) == {"SUM"} and len(operations) >= 3, operations
@@ -218,14 +224,16 @@ def gradient_and_operations(case):
 BASE_FLAGS = "--steps 5 --batch-size 4 --micro-batch-size 3 --eval-problems 5 --max-new-tokens 23 --lr 1e-3"
 RUNS = {
     "sft": (sft, ""),
-    "rlvr": (rlvr, "--group-size 3 --kl-coef 0.1 --updates-per-batch 2 --refill 1 --reward test_scale:reward"),
+    "rlvr": (rlvr, "--group-size 3 --kl-coef 0.1 --updates-per-batch 2 --refill 1 "
+        "--reward test_scale:reward"),
     "opsd": (opsd, "--group-size 2 --teacher ema --ema-decay 0.8 --only-correct"),
     "refresh": (opsd, "--teacher refresh --refresh-every 2 --context wrong-answer --match-budget"),
 }
 
 
 def luck(texts, golds):
-    """About half of the responses count as correct. Only process 0 may ask: two deadlines may end differently."""
+    """About half of the responses count as correct. Only process 0 may ask: two deadlines may end
+    differently."""
     assert rollout.is_first()
     return [len(text) % 2 == 0 for text in texts]
 
@@ -262,13 +270,19 @@ def tensors_of(value):
     return [torch.as_tensor(value or 0) if value is None or isinstance(value, bool | int | float) else value]
 
 
+def assert_close_rows(row, row_of_one, relative):
+    """A metric may be None: the mean length of correct responses, of which there are none."""
+    assert row.keys() == row_of_one.keys()
+    for key, value in row_of_one.items():
+        close = value if value is None else pytest.approx(value, rel=relative, abs=1e-5)
+        assert row[key] == close, (key, row)
+
+
 def assert_same_files(ours, theirs):
     """The logs to 1e-5, and a checkpoint of the same names, shapes and numbers."""
     metrics, metrics_of_one = (metrics_but_time(folder / "metrics.jsonl") for folder in (ours, theirs))
-    assert [row.keys() for row in metrics] == [row.keys() for row in metrics_of_one]
-    for row, row_of_one in zip(metrics, metrics_of_one):
-        for key, value in row_of_one.items():  # None: the mean length of correct responses, of which there are none
-            assert row[key] == (value if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)), (key, row)
+    for row, row_of_one in zip(metrics, metrics_of_one, strict=True):
+        assert_close_rows(row, row_of_one, 1e-5)
     assert read_rows(ours / "samples.jsonl") == read_rows(theirs / "samples.jsonl")
     assert sorted(f.name for f in ours.iterdir()) == sorted(f.name for f in theirs.iterdir())
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
@@ -294,8 +308,9 @@ def base(tmp_path_factory):
 def kept_as_it_is():
     """What run_all changes is changed back."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in (rollout, "verify_batch"), (opsd, "verify_batch"), (dist, "destroy_process_group"):
-            patch.setattr(module, name, getattr(module, name))
+        for module in (rollout, opsd):
+            patch.setattr(module, "verify_batch", module.verify_batch)
+        patch.setattr(dist, "destroy_process_group", dist.destroy_process_group)
         yield
 
 
@@ -329,7 +344,8 @@ def test_saved_on_two_processes_resumed_on_others(base, runs_of_one, count, tmp_
 
 
 def save_slowly(folder):
-    """-> whether the checkpoint is there when save_checkpoint returns, which process 0 takes its time to write."""
+    """-> whether the checkpoint is there when save_checkpoint returns, which process 0 takes its time to
+    write."""
     write = rollout.write_checkpoint
     rollout.write_checkpoint = lambda *args: time.sleep(0.5) or write(*args)
     model = rollout.shard(make_tiny(), "cpu")
@@ -350,7 +366,8 @@ def none(texts, golds):
 
 
 def test_nothing_is_kept(base, tmp_path):
-    """No response is correct: rlvr.py has no signal, opsd.py nothing to train on. No process waits for another."""
+    """No response is correct: rlvr.py has no signal, opsd.py nothing to train on. No process waits for
+    another."""
     for name, *more in ("rlvr", "--reward="), ("opsd",):
         for [(status, out, err)] in in_processes(3, tmp_path, run_all, [name], base, tmp_path, none, *more):
             assert (status, err) == (0, "") and "next: python" in out
@@ -417,7 +434,8 @@ def test_an_interrupt_that_one_process_sees_stops_all(base, runs_of_one, tmp_pat
     started = start_processes(2, tmp_path, run_until, 2, 1, signal.SIGINT, base, tmp_path)
     statuses, (out, other), errors = ends_of(started, tmp_path)
     assert statuses == [130, 130] and errors == ["", ""]
-    assert "stopped after step 2; go on with: torchrun --nproc-per-node 2 opsd.py --resume" in out and not other
+    go_on = "torchrun --nproc-per-node 2 opsd.py --resume"
+    assert f"stopped after step 2; go on with: {go_on}" in out and not other
     assert in_processes(0, tmp_path, resume_all, ["opsd"], tmp_path)[0][0][0] == 0
     assert_same_files(tmp_path / "opsd", runs_of_one / "opsd")
 
@@ -447,11 +465,11 @@ def test_a_process_that_is_killed_ends_all(base, tmp_path):
     assert len(lines) == 1 and lines[0].startswith("error: another process has ended"), lines
 
 
-def start_torchrun(script, *flags, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*command, str(ROOT / script), *words(flags), "--device", "cpu"], cwd=cwd,
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def start_torchrun(script, *flags, cwd, count=2, device="cpu", **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen([*command, str(ROOT / script), *words(flags), "--device", device], cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
 def test_ctrl_c_to_torchrun(base, tmp_path):
@@ -476,3 +494,36 @@ def test_one_that_fails_ends_all_with_its_one_line(base, tmp_path):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1 and len(errors) == 1 and "--reward returned 'good'" in errors[0], err
     assert err.count("Traceback") == 1, "torchrun's own, and no other"
+
+
+@pytest.mark.vllm
+def test_an_engine_in_each_process(base, tmp_path):
+    """Weights in pieces -> two engines, after every step. 3 and 5 prompts on the two; the log-probs of both
+    agree with the trainer's."""
+    flags = "--steps 3 --batch-size 5 --group-size 2 --eval-problems 3 --max-new-tokens 20 --lr 1e-3"
+    on_cpu = {} if torch.cuda.device_count() > 1 else {"VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    process = start_torchrun("opsd.py", "--init", base / "sft", "--out", tmp_path / "out", flags,
+        "--sampler vllm --vllm-memory 0.15", cwd=tmp_path, device="cpu" if on_cpu else "cuda", **on_cpu)  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 3 and all(row["kl/sample_train"] < 1e-6 and row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+def test_nccl_gives_the_numbers_of_one_process(base, tmp_path):
+    """As many processes as there are GPUs, 4 at most."""
+    device = os.environ.get("TEST_DEVICE", "cuda")
+    count = min(4, max(1, torch.cuda.device_count()))
+    for name in ("sft", "opsd"):
+        flags = flags_of(name, base, tmp_path)
+        process = start_torchrun(f"{name}.py", *flags, cwd=tmp_path, count=count, device=device)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        out = tmp_path / "one" / name
+        flags = words([*flags_of(name, base, tmp_path / "one"), "--device", device])
+        subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *flags], cwd=tmp_path, check=True)
+        ours, theirs = (metrics_but_time(folder / "metrics.jsonl") for folder in (tmp_path / name, out))
+        for row, row_of_one in zip(ours, theirs, strict=True):
+            assert_close_rows(row, row_of_one, 1e-3)

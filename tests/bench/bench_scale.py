@@ -1,9 +1,9 @@
 """Seconds a step and memory of 1, 2, ... processes of one thread each: python tests/bench/bench_scale.py
 
-Each number of processes trains the same model on the same batch, as sft.py does, and samples from it, as rlvr.py
-does. 0 is one process without torchrun. Weights, gradients and moments that a process holds are counted from their
-tensors, after a step; pages that are shared or freed do not blur it. Nothing else should run meanwhile: with more
-processes than cores, they share them.
+Each number of processes trains the same model on the same batch, as sft.py does, and samples from it, as
+rlvr.py does. 0 is one process without torchrun. Weights, gradients and moments that a process holds are
+counted from their tensors, after a step; pages that are shared or freed do not blur it. Nothing else should
+run meanwhile: with more processes than cores, they share them.
 
     python tests/bench/bench_scale.py --processes 0 1 2 --size 0.39
 """
@@ -44,10 +44,11 @@ def measure(size):
     hidden, inner, layers = SHAPES[size]
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner,
-        num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, head_dim=32,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))  # fmt: skip
+        num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
+        head_dim=32, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))  # fmt: skip
     model = rollout.shard(model, "cpu")
-    args = SimpleNamespace(lr=1e-4, weight_decay=0.0, min_lr_ratio=1.0, warmup_steps=0, steps=100, grad_clip=1.0)
+    args = SimpleNamespace(lr=1e-4, weight_decay=0.0, min_lr_ratio=1.0, warmup_steps=0, steps=100,
+        grad_clip=1.0)
     optimizer = sft.make_optimizer(model, args)
     ids = torch.randint(1, VOCAB, (SEQUENCES, PROMPT + RESPONSE)).tolist()
     examples = [sft.Example(row[:PROMPT], row[PROMPT:]) for row in ids]
@@ -85,7 +86,9 @@ def main():
     print("| processes | training, s a step | sampling, s | weights, gradients, moments in each, MB |")
     print("|---|---|---|---|", flush=True)
     for count in args.processes:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count else []
+        launcher = []
+        if count:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         subprocess.run([sys.executable, *launcher, __file__, "--child", "--size", args.size], check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 

@@ -7,10 +7,11 @@ the sampling speeds and the MFU are assumptions. To measure the last two on your
 
     python tests/bench/bench_model.py --size 1.7B
 
-On several GPUs (--gpus) training takes an Nth of the time, unless moving weights takes longer. FSDP2 does that while
-it computes. A process sends and receives for each of its micro-batches, P parameters: 4P bytes of weights before
-the forward pass, 4P before the backward pass, 4P of gradients, and 4P of the teacher's weights; (N - 1) / N of it from
-others. A step takes the longer of the two. The network's speed is assumed, in GB/s and direction, for each GPU.
+On several GPUs (--gpus) training takes an Nth of the time, unless moving weights takes longer. FSDP2 does
+that while it computes. A process sends and receives for each of its micro-batches, P parameters: 4P bytes of
+weights before the forward pass, 4P before the backward pass, 4P of gradients, and 4P of the teacher's
+weights; (N - 1) / N of it from others. A step takes the longer of the two. The network's speed is assumed, in
+GB/s and direction, for each GPU.
 """
 
 import argparse
@@ -32,8 +33,10 @@ NETWORKS = {"NVLink": 300, "400 Gbit/s": 50, "PCIe 4": 25, "100 Gbit/s": 12.5}
 
 
 def print_several_gpus(sequences):
-    """Seconds of a training step by GPUs and network, and hours with NVLink. Micro-batches of so many sequences."""
-    print(f"| run | GPUs | micro-batches each | sampling, s | computing, s | {', s | '.join(NETWORKS)}, s | hours, NVLink |")
+    """Seconds of a training step by GPUs and network, in micro-batches of so many sequences."""
+    networks = ", s | ".join(NETWORKS)
+    print("| run | GPUs | micro-batches each | sampling, s | computing, s "
+        f"| {networks}, s | hours, NVLink |")
     print("|---" * (6 + len(NETWORKS)) + "|")
     for name, parameters, flops, copies, responses, length, steps in SEVERAL:
         for count in (4, 8, 16, 32, 64):
@@ -45,7 +48,8 @@ def print_several_gpus(sequences):
             sampling = max(length / FASTEST, responses * length / (count * TOGETHER))
             step = sampling + max(computing, moving["NVLink"])
             times = " | ".join(f"{seconds:.0f}" for seconds in moving.values())
-            print(f"| {name} | {count} | {micros} | {sampling:.0f} | {computing:.0f} | {times} | {steps * step / 3600:.1f} |")
+            hours = steps * step / 3600
+            print(f"| {name} | {count} | {micros} | {sampling:.0f} | {computing:.0f} | {times} | {hours:.1f} |")
 
 
 def main():

@@ -21,17 +21,18 @@ what CUDA itself takes (1 to 3 GB) and what the allocator cannot use.
 While a stage samples there are no gradients and no activations. Keys and values of one token: 2 (one key, one
 value) x L x key heads x head size x 2 bytes.
 
-Several GPUs (torchrun; --gpus prints that table): each of N holds an Nth of weights, gradients, moments and second
-model. FSDP2 puts together what is at work:
+Several GPUs (torchrun; --gpus prints that table): each of N holds an Nth of weights, gradients, moments and
+second model. FSDP2 puts together what is at work:
 
-    root            embeddings, head and last norm: 4 bytes a parameter, whole, and so is their gradient; the second
-                    model's too, without a gradient
-    layers          one at work and the next: 4 bytes a parameter each, and as much for the gradient of one and
-                    what is sent of it
+    root            embeddings, head and last norm: 4 bytes a parameter, whole, and so is their gradient; the
+                    second model's too, without a gradient
+    layers          one at work and the next: 4 bytes a parameter each, and as much for the gradient of one
+                    and what is sent of it
 
 --sampler hf puts the whole model together while it samples: 4 bytes a parameter, beside the Nth of all else.
---sampler vllm holds it in bfloat16, 2 bytes a parameter, in main memory while the trainer works; while it gets new
-weights, the largest one is whole in fp32. Main memory, while a model is loaded: 4 bytes a parameter for each GPU.
+--sampler vllm holds it in bfloat16, 2 bytes a parameter, in main memory while the trainer works; while it
+gets new weights, the largest one is whole in fp32. Main memory, while a model is loaded: 4 bytes a parameter
+for each GPU.
 
 A checkpoint on disk: 4 bytes of weight and 8 of AdamW's moments a parameter. A save writes the new one beside
 the old one, so for a moment there are two.
@@ -108,9 +109,10 @@ def per_gpu(config, tokens, second_model, count):
 
 
 def print_several_gpus(tokens):
-    print(f"GB on each GPU, computed; micro-batches of {tokens} tokens, --gradient-checkpointing --dtype bfloat16\n")
-    print("| Qwen3 | GPUs | sft, rlvr: training | opsd: training | opsd: sampling, hf | main memory, all: loading "
-        "| main memory, all: vLLM's weights |")
+    print(f"GB on each GPU, computed; micro-batches of {tokens} tokens, --gradient-checkpointing "
+        "--dtype bfloat16\n")
+    print("| Qwen3 | GPUs | sft, rlvr: training | opsd: training | opsd: sampling, hf "
+        "| main memory, all: loading | main memory, all: vLLM's weights |")
     print("|---" * 7 + "|")
     for name in ("1.7B", "4B", "8B"):
         config = make_config(name)

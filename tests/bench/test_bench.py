@@ -50,9 +50,9 @@ def test_the_tables_of_several_gpus_too(script, monkeypatch, capsys):
 
 
 def test_memory_of_four_gpus_by_hand():
-    """Qwen3-8B, one token: 8,190,735,360 parameters. 20 bytes each, a quarter: 40.95 GB. Root: 2 * 151,936 * 4096 +
-    4096 = 1.2447 B, 12 bytes each: 14.94. A layer: (8.1907 - 1.2447) / 36 = 0.19295 B, 16 bytes each: 3.09. The head's
-    gradient: 6 * 4096 * 151,936 = 3.73. In all 62.71."""
+    """Qwen3-8B, one token: 8,190,735,360 parameters. 20 bytes each, a quarter: 40.95 GB. Root: 2 * 151,936 *
+    4096 + 4096 = 1.2447 B, 12 bytes each: 14.94. A layer: (8.1907 - 1.2447) / 36 = 0.19295 B, 16 bytes each:
+    3.09. The head's gradient: 6 * 4096 * 151,936 = 3.73. In all 62.71."""
     training, sampling = memory.per_gpu(memory.make_config("8B"), 1, True, 4)
     assert training / memory.GB == pytest.approx(62.71, abs=0.01)
     assert sampling / memory.GB == pytest.approx(8.1907 * (16 / 4 + 4), abs=0.01)
@@ -79,8 +79,8 @@ def test_the_readmes_gigabytes_are_computed():
     assert f"It takes {gigabytes('8B', True)} GB on one device" in page
     assert f"with the settings of the authors' scripts, takes {gigabytes('8B', False)} GB" in page
     config = memory.make_config("8B")
-    train, second = (round(memory.per_gpu(config, 9216, second, 4)[0] / memory.GB) for second in (False, True))
-    assert f"on 4 GPUs of 80 GB: {second} GB on each" in page and f", or {train} on each of 4" in page
+    train, distil = (round(memory.per_gpu(config, 9216, second, 4)[0] / memory.GB) for second in (False, True))
+    assert f"on 4 GPUs of 80 GB: {distil} GB on each" in page and f", or {train} on each of 4" in page
 
 
 SHAPES = {  # what is largest: hidden, intermediate, layers, heads, vocabulary, tokens, tokens of a chunk
