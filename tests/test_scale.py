@@ -504,7 +504,8 @@ def test_an_engine_in_each_process(base, tmp_path):
     on_cpu = {} if torch.cuda.device_count() > 1 else {"VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     process = start_torchrun("opsd.py", "--init", base / "sft", "--out", tmp_path / "out", flags,
-        "--sampler vllm --vllm-memory 0.15", cwd=tmp_path, device="cpu" if on_cpu else "cuda", **on_cpu)  # fmt: skip
+        "--sampler vllm --vllm-memory 0.15", cwd=tmp_path, device="cpu" if on_cpu else "cuda",
+        **on_cpu)  # fmt: skip
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]

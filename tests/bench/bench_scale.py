@@ -45,7 +45,8 @@ def measure(size):
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner,
         num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
-        head_dim=32, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))  # fmt: skip
+        head_dim=32, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0))  # fmt: skip
     model = rollout.shard(model, "cpu")
     args = SimpleNamespace(lr=1e-4, weight_decay=0.0, min_lr_ratio=1.0, warmup_steps=0, steps=100,
         grad_clip=1.0)

@@ -49,7 +49,8 @@ def print_several_gpus(sequences):
             step = sampling + max(computing, moving["NVLink"])
             times = " | ".join(f"{seconds:.0f}" for seconds in moving.values())
             hours = steps * step / 3600
-            print(f"| {name} | {count} | {micros} | {sampling:.0f} | {computing:.0f} | {times} | {hours:.1f} |")
+            print(f"| {name} | {count} | {micros} | {sampling:.0f} | {computing:.0f} | {times} "
+                f"| {hours:.1f} |")
 
 
 def main():

@@ -79,7 +79,8 @@ def test_the_readmes_gigabytes_are_computed():
     assert f"It takes {gigabytes('8B', True)} GB on one device" in page
     assert f"with the settings of the authors' scripts, takes {gigabytes('8B', False)} GB" in page
     config = memory.make_config("8B")
-    train, distil = (round(memory.per_gpu(config, 9216, second, 4)[0] / memory.GB) for second in (False, True))
+    train, distil = (round(memory.per_gpu(config, 9216, second, 4)[0] / memory.GB)
+        for second in (False, True))  # fmt: skip
     assert f"on 4 GPUs of 80 GB: {distil} GB on each" in page and f", or {train} on each of 4" in page
 
 
