@@ -1501,7 +1501,7 @@ def whole(state, seen=None):
     """A state with tensors in pieces -> the same with whole tensors, in main memory, in process 0
     (None in the others). Tied weights stay one tensor. Without pieces: the state, as it is."""
     seen = {} if seen is None else seen
-    if isinstance(state, dict):
+    if isinstance(state, dict) and dist.is_initialized():
         return {key: whole(value, seen) for key, value in state.items()}
     if not isinstance(state, DTensor):
         return state
