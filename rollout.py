@@ -10,9 +10,9 @@ Three rules hold everywhere. Breaking any of them gives a bug that trains withou
   - Sequences are scored padded on the right. A causal model cannot see what comes later, so scoring
     needs no attention mask, and positions start at 0. Only the sampler pads left, with a mask.
 
-The last quarter, from "A run and its folder" on, is plumbing: leave it out at a first reading. So
-are the calls of its functions above: with one process `my_share`, `once`, `merge`, `deal`,
-`unshard` and `reshard` do nothing.
+The last third, from "A run and its folder" on, is plumbing: leave it out at a first reading. Skip
+the calls of its functions, too: with one process `my_share`, `once`, `merge`, `deal`, `unshard` and
+`reshard` change nothing.
 
     python rollout.py --data my.jsonl --init Qwen/Qwen3-1.7B    # data as the model will see it
 """
@@ -647,7 +647,8 @@ class HFSampler:
         sampled_lengths = torch.full((rows,), max_new_tokens, device=device)
         row = torch.arange(rows, device=device)  # which sequence each row of the shrinking batch is
         running = torch.ones(rows, dtype=torch.bool, device=device)  # rows that have not ended yet
-        for t in tqdm(range(max_new_tokens), "sampling", leave=False, disable=None, delay=3):
+        for t in tqdm(range(max_new_tokens), "sampling", leave=False, delay=3,
+                disable=None if is_first() else True):
             log_probs = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
             if temperature:
                 ids = sample_ids(log_probs.to(exact), uniforms[row.to(exact), t]).to(device)
@@ -1340,7 +1341,9 @@ class Interrupt:
         return self.agreed or step == self.last_step
 
     def stop(self, step):
-        launcher = f"torchrun --nproc-per-node {processes()}" if dist.is_initialized() else "python"
+        launcher = "python"
+        if dist.is_initialized():  # on each of several machines
+            launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         print(f"stopped after step {step}; go on with: "
             f"{launcher} {sys.argv[0]} --resume --out {self.out}")
         meet()
@@ -1350,9 +1353,10 @@ class Interrupt:
 # --------------------------------------------------------------------------------------------------
 # Several processes, each with a GPU (torchrun). Everything that touches torch.distributed is here.
 #
-# Every process runs the same steps on the same data and decides the same. Only work is split: each
-# samples for its share of the prompts and trains on its share of the micro-batches. The others get
-# its rollouts, and the sum of all gradients. So no result depends on how many processes there are.
+# Every process runs the same steps on the same data and decides alike. Only work is split: each
+# samples for its share of the prompts and trains on its share of the micro-batches. All get all
+# rollouts, and a piece of the summed gradient. So only rounding depends on their number (with vLLM,
+# rollouts too).
 # FSDP2 cuts each weight, its gradient and its AdamW moments into pieces, one for each process.
 
 
@@ -1396,11 +1400,11 @@ def first_to_fail():
 
 def report_error(kind, error, traceback):
     """What Python calls for an exception that nobody caught. A lost connection is no bug here."""
-    if issubclass(kind, dist.DistError) or "gloo" in str(error):
+    if issubclass(kind, dist.DistError) or kind is RuntimeError and "gloo" in str(error):
         with contextlib.suppress(SystemExit):
-            fail("another process has ended (killed, perhaps for want of memory): --resume goes on "
+            fail("another process has ended (killed, perhaps out of memory): --resume goes on "
                 "from the last save, if there is one")
-    else:
+    elif first_to_fail():
         sys.__excepthook__(kind, error, traceback)
 
 
