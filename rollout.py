@@ -829,14 +829,15 @@ class VLLMSampler:
         repeated = [prompt for prompt in prompts for _ in range(group_size)]
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
-        params = [self.SamplingParams(seed=own, temperature=temperature, max_tokens=max_new_tokens,
-            stop_token_ids=list(self.stop_ids), logprobs=0, detokenize=False) for own in seeds]
         places = [i * group_size + j for i in my_share(range(len(prompts)))
             for j in range(group_size)]
+        params = [self.SamplingParams(seed=seeds[i], temperature=temperature,
+            max_tokens=max_new_tokens, stop_token_ids=list(self.stop_ids), logprobs=0,
+            detokenize=False) for i in places]
         self.wake("weights", "kv_cache")
         with self.no_autocast:
             outputs = self.engine.generate([{"prompt_token_ids": repeated[i]} for i in places],
-                [params[i] for i in places], use_tqdm=False)
+                params, use_tqdm=False)
         self.sleep()
         rollouts = [None] * len(repeated)
         for i, output in zip(places, outputs, strict=True):
@@ -1271,8 +1272,8 @@ def save_checkpoint(args, model, tokenizer, optimizer, state, trial=False):
     """
     weights = {}
     if not trial:
-        weights = whole(model.state_dict(keep_vars=True))
-        state = whole({**state, "optimizer": optimizer.state_dict()})
+        weights = gathered(model.state_dict(keep_vars=True))
+        state = gathered({**state, "optimizer": optimizer.state_dict()})
     if is_first():
         write_checkpoint(args, model, tokenizer, weights, state, trial)
     meet()  # a process that ends early would end the one that writes
@@ -1286,7 +1287,7 @@ def write_checkpoint(args, model, tokenizer, weights, state, trial):
         if trial:
             # A save replaces the last one when it is whole. Weights, two moments, a moving teacher:
             at_once = 1 if args.resume or args.save_every >= args.steps else 2
-            copies = 4 if getattr(args, "teacher", "") == "ema" else 3
+            copies = 3 if getattr(args, "teacher", "frozen") == "frozen" else 4
             needed = at_once * copies * sum(p.nbytes for p in model.parameters())
             if needed > (free := shutil.disk_usage(out).free):
                 raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
@@ -1501,12 +1502,12 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(state, seen=None):
+def gathered(state, seen=None):
     """A state with tensors in pieces -> the same with whole tensors, in main memory, in process 0
     (None in the others). Tied weights stay one tensor. Without pieces: the state, as it is."""
     seen = {} if seen is None else seen
     if isinstance(state, dict) and dist.is_initialized():
-        return {key: whole(value, seen) for key, value in state.items()}
+        return {key: gathered(value, seen) for key, value in state.items()}
     if not isinstance(state, DTensor):
         return state
     if id(state) not in seen:

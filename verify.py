@@ -284,13 +284,14 @@ def is_plain(op, values):
         return False
     numbers = [value.at[0] for value in values]
     whole = [value.op == "/" and MP.isint(value.at[0]) for value in values]  # 6/2
-    if not all(value.op in PARTS[op] or is_whole for value, is_whole in zip(values, whole)):
-        return False
+    for value, is_whole in zip(values, whole):
+        if value.op not in PARTS[op] and not (is_whole and op == "/"):
+            return False
     if op == "^":
         return MP.isint(numbers[1]) and not whole[0]
     if op == "/" and "^" in [value.op for value in values]:  # 3/2^10, but not 24/2^3
         return all(map(MP.isint, numbers)) and math.gcd(*map(int, numbers)) == 1
-    return op != "!" or not any(whole)
+    return True
 
 
 def compute(op, *numbers):
