@@ -32,18 +32,19 @@ Logits of a batch would be the run's largest tensors; they exist a chunk of toke
 import argparse
 import math
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from rollout import Formatter, Head, Interrupt, add_run_flags, append_jsonl, check_context
+from rollout import Formatter, Head, Interrupt, Problem, add_run_flags, append_jsonl, check_context
 from rollout import clip_gradients, collate, draw, evaluate, fail, fitting, fitting_prompts
 from rollout import in_chunks, k3_kl, label_rollouts, load_initial, load_model, load_problems
 from rollout import log_samples, make_sampler, merge, micro_batches, not_negative, number, once
 from rollout import parse_args, positive, render_prompt, require_solutions, reshard
-from rollout import response_hidden_states, run_in, sampler_log_probs, save_checkpoint, shard, share
-from rollout import start_run, sum_of, summarize, token_log_probs, train_mode
+from rollout import response_hidden_states, run_in, save_checkpoint, shard, share, start_run, sum_of
+from rollout import summarize, train_mode
 from verify import verify_batch
 
 
@@ -60,11 +61,14 @@ def get_args():
         help="train on incorrect rollouts only: in the paper, harmful")
     add("--truncated", choices=["incorrect", "correct", "drop"], default="incorrect",
         help="what a rollout that was cut off counts as; the paper's code: incorrect")
-    add("--context", choices=["solution", "answer", "rollout", "concise", "none", "wrong-answer"],
-        default="solution", help="what the teacher is shown; rollout: a correct sibling's answer")
+    add("--context", choices=["solution", "answer", "concise", "rollout", "none", "other-solution",
+        "wrong-answer"], default="solution", help="what the teacher is shown; rollout: a correct "
+        "sibling's answer; other-solution and wrong-answer: those of another problem")
     add("--divergence", choices=["reverse", "forward", "jsd", "split"], default="reverse",
         help="reverse: KL(S||T), the paper's; forward: KL(T||S); split: reverse on correct only")
     add("--beta", type=float, default=0.5, help="of jsd: the teacher's weight, between 0 and 1")
+    add("--token-clip", type=number(1e-6), help="a token's divergence counts no more than this, in "
+        "nats, and a token above it has no gradient; default: no clip")
     add("--teacher", choices=["frozen", "refresh", "ema"], default="frozen",
         help="weights of --init; the student's, every --refresh-every steps; their moving average")
     add("--refresh-every", type=positive, default=50, help="steps between refreshes of the teacher")
@@ -74,7 +78,7 @@ def get_args():
     add("--group-size", type=positive, default=1, help="rollouts of each prompt")
     add("--match-budget", action="store_true", help="sample until --batch-size * --group-size are "
         "kept, to compare arms at equal budgets; the paper trains on what one batch gives")
-    add("--max-refills", type=positive, default=20, help="batches --match-budget may add to a step")
+    add("--max-refills", type=positive, default=40, help="batches --match-budget may add to a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
     add("--lr", type=not_negative, default=2e-4, help="learning rate of AdamW, at its peak")
     add("--min-lr-ratio", type=share, default=1.0, help="the cosine's end, a share of --lr")
@@ -97,6 +101,9 @@ def get_args():
     if args.context == "rollout" and args.group_size < 2:
         fail("--context rollout shows the teacher a sibling rollout: give --group-size 2 or more")
     return args
+
+
+FORK = 0.5  # nats of entropy: from here on a token is a fork, where responses part
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,23 +136,9 @@ def divergence(student_logits, teacher_logits, kind="reverse", beta=0.5, is_corr
     return beta * kl_divergence(teacher, mixture) + (1 - beta) * kl_divergence(student, mixture)
 
 
-def chunked_divergence(student_hidden, teacher_hidden, student_head, teacher_head, is_correct,
-        kind, beta, temperature=1.0):
-    """`divergence` from hidden states (N, H), a chunk of tokens at a time -> (N,). The value and
-    the gradient are those of all tokens at once."""
-
-    def of_chunk(student_chunk, teacher_chunk, correct_chunk):
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_chunk) / temperature
-        student_logits = student_head(student_chunk) / temperature
-        return (divergence(student_logits, teacher_logits, kind, beta, correct_chunk),)
-
-    return in_chunks(of_chunk, student_head.out_features, student_hidden, teacher_hidden,
-        is_correct)[0]
-
-
-def token_divergence(student, teacher, rollouts, args):
-    """Divergence at each token of some rollouts, response after response: (N,), N all their tokens.
+def token_values(student, teacher, rollouts, args):
+    """Of each token of some rollouts, response after response: divergence (with its gradient), the
+    student's entropy, the student's log-prob: (N,) each, N all their tokens.
 
     Student and teacher read the same response ids after prompts of different width. Only hidden
     states of response tokens are kept, in the same order on both sides.
@@ -156,10 +149,30 @@ def token_divergence(student, teacher, rollouts, args):
     with torch.no_grad():
         teacher_hidden = response_hidden_states(teacher,
             *collate([r.teacher_prompt_ids for r in rollouts], responses, student.device))
+    ids = torch.tensor([i for ids in responses for i in ids], device=student.device)  # (N,)
     is_correct = torch.tensor([r.label == "correct" for r in rollouts for _ in r.response_ids],
         device=student.device)  # (N,)
-    return chunked_divergence(student_hidden, teacher_hidden, Head(student), Head(teacher),
+    return chunked_values(student_hidden, teacher_hidden, Head(student), Head(teacher), ids,
         is_correct, args.divergence, args.beta, args.temperature)
+
+
+def chunked_values(student_hidden, teacher_hidden, student_head, teacher_head, ids, is_correct,
+        kind, beta, temperature=1.0):
+    """`token_values` from hidden states (N, H), a chunk of tokens at a time. The value and the
+    gradient of the divergence are those of all tokens at once."""
+
+    def of_chunk(student_chunk, teacher_chunk, ids_chunk, correct_chunk):
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_chunk) / temperature
+        student_logits = student_head(student_chunk) / temperature
+        with torch.no_grad():
+            log_probs = F.log_softmax(student_logits.float(), -1)  # (n, V)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return (divergence(student_logits, teacher_logits, kind, beta, correct_chunk), entropy,
+            log_probs.gather(1, ids_chunk[:, None])[:, 0])
+
+    return in_chunks(of_chunk, student_head.out_features, student_hidden, teacher_hidden, ids,
+        is_correct)
 
 
 def teacher_length(rollout):
@@ -169,22 +182,24 @@ def teacher_length(rollout):
 
 def accumulate_gradients(student, teacher, rollouts, args):
     """Adds the gradient of the batch's loss to .grad, by micro-batches; returns the loss. Fills in
-    each rollout's divergences. Under torch.no_grad it only measures."""
+    what each rollout's tokens measured. Under torch.no_grad it only measures."""
     train_mode(student)  # --gradient-checkpointing asks for it; there is no dropout
     loss = 0.0
     for micro in micro_batches(rollouts, args.micro_batch_size, teacher_length):
-        values = token_divergence(student, teacher, micro, args)  # (N,)
-        per_response = values.split([len(r.response_ids) for r in micro])
+        lengths = [len(r.response_ids) for r in micro]
+        values = token_values(student, teacher, micro, args)  # three (N,)
+        counted = values[0] if args.token_clip is None else values[0].clamp(max=args.token_clip)
         # 1/|y| sum_t, then the mean over the whole batch, of which this is a part. (max: what fills
         # up a process's share, rollout.deal, has no response.)
-        micro_loss = sum(v.sum() / max(1, len(v)) for v in per_response) / len(rollouts)
+        micro_loss = sum(v.sum() / max(1, len(v)) for v in counted.split(lengths)) / len(rollouts)
         if torch.is_grad_enabled():
             micro_loss.backward()
         loss += micro_loss.item()
-        for rollout, divergences in zip(micro, per_response):
-            rollout.divergences = divergences.detach().cpu()
-    for rollout, divergences in zip(rollouts, merge([r.divergences for r in rollouts])):
-        rollout.divergences = divergences
+        of_each = torch.stack([v.detach().float() for v in values]).cpu().split(lengths, 1)
+        for rollout, measured in zip(micro, of_each):
+            rollout.token_values = measured
+    for rollout, measured in zip(rollouts, merge([r.token_values for r in rollouts])):
+        rollout.token_values = measured
     return sum_of(loss)
 
 
@@ -208,12 +223,12 @@ def is_kept(rollout, args):
     return label != "drop"
 
 
-def wrong_answer(problem, batch):
-    """A control: another problem's answer, of the next one in the batch whose answer differs from
-    this problem's. If all are equal, 0 or 1."""
+def other_problem(problem, batch):
+    """For the controls: the next problem of the batch whose answer differs from this one's. If all
+    are equal, one without a solution, whose answer is 0 or 1."""
     start = next(i for i, p in enumerate(batch) if p is problem)
-    others = [p.answer for p in batch[start:] + batch[:start]] + ["0", "1"]
-    same = once(verify_batch, [f"\\boxed{{{other}}}" for other in others],
+    others = batch[start:] + batch[:start] + [Problem("", "0"), Problem("", "1")]
+    same = once(verify_batch, [f"\\boxed{{{other.answer}}}" for other in others],
         [problem.answer] * len(others))
     return others[same.index(False)]
 
@@ -226,7 +241,9 @@ def teacher_prompt(tokenizer, rollout, siblings, batch, args):
     elif context == "answer":
         shown = problem.answer
     elif context == "wrong-answer":
-        context, shown = "answer", wrong_answer(problem, batch)
+        context, shown = "answer", other_problem(problem, batch).answer
+    elif context == "other-solution":
+        context, shown = "solution", other_problem(problem, batch).solution
     elif context == "rollout":  # SDPO's: what a correct sibling says after its thinking
         correct = [r for r in siblings if r is not rollout and r.label == "correct"]
         if not correct:
@@ -242,7 +259,7 @@ def teacher_prompt(tokenizer, rollout, siblings, batch, args):
 def teacher_prompt_length(tokenizer, problem, args):
     """Tokens of the prompt that the teacher will read of this problem, or a little more."""
     context, shown = "answer", problem.answer
-    if args.context == "solution":
+    if args.context in ("solution", "other-solution"):
         context, shown = "solution", problem.solution
     ids = render_prompt(tokenizer, problem, context, shown, args.thinking)
     room = args.max_new_tokens if args.context == "rollout" else 0  # a sibling is not known yet
@@ -257,12 +274,15 @@ def sample_rollouts(sampler, problems, state, args):
     """
     rollouts, kept = [], []
     budget = args.batch_size * args.group_size
-    for _ in range(1 + (args.max_refills if args.match_budget else 0)):
-        batch = draw(problems, state["cursor"], args.batch_size, args.seed)
+    left = 1 + (args.max_refills if args.match_budget else 0)  # batches that may be sampled
+    at_once = 1
+    while left and len(kept) < budget:
+        batch = draw(problems, state["cursor"], at_once * args.batch_size, args.seed)
         prompts = [render_prompt(sampler.tokenizer, p, thinking=args.thinking) for p in batch]
         sampled = sampler.generate(prompts, args.group_size, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=args.seed * 1_000_003 + state["cursor"])
-        state["cursor"] += args.batch_size
+        state["cursor"] += len(batch)
+        left -= at_once
         rollouts += label_rollouts(sampled, batch, sampler.tokenizer)
         for i, rollout in enumerate(sampled):
             first = i - i % args.group_size
@@ -271,8 +291,9 @@ def sample_rollouts(sampler, problems, state, args):
                 sampler.tokenizer, rollout, siblings, batch, args)
             if rollout.teacher_prompt_ids is not None and is_kept(rollout, args):
                 kept.append(rollout)
-        if len(kept) >= budget:
-            break
+        # What is missing, at the rate so far, in one call: a sampler likes many rows.
+        batches_needed = (budget - len(kept)) * len(rollouts) / budget / max(1, len(kept))
+        at_once = min(left, math.ceil(batches_needed))
     return rollouts, kept[:budget]
 
 
@@ -337,30 +358,27 @@ def measure(step, sampler, heldout, args):
         f"length {row['eval/len_mean']:6.1f} | truncated {row['eval/truncated']:.3f}", flush=True)
 
 
-@torch.no_grad()
-def sampler_mismatch(student, rollouts, args):
-    """KL(sampler || student) a token of one micro-batch: 0 up to rounding, if the two are one."""
-    some = rollouts[: args.micro_batch_size]
-    input_ids, response_mask = collate([r.prompt_ids for r in some], [r.response_ids for r in some],
-        student.device)
-    log_probs, _ = token_log_probs(student, input_ids, response_mask, args.temperature)
-    kl = k3_kl(sampler_log_probs(some, response_mask), log_probs)
-    return kl[response_mask].mean().item()
+def sampler_mismatch(rollouts):
+    """KL(sampler || student) a token: 0 up to rounding, if the two are one model."""
+    sampler = torch.tensor([x for r in rollouts for x in r.log_probs])
+    student = torch.cat([r.token_values[2] for r in rollouts])
+    return k3_kl(sampler, student).mean().item()
 
 
-def by_label_and_position(rollouts):
-    """Mean divergence by label, and by third of the response, where divergences were computed."""
-    names = ["correct", "incorrect", "truncated", "first", "middle", "last"]
-    values = {name: [] for name in names}
+def summarize_tokens(rollouts):
+    """Means over the tokens of the rollouts that were measured: divergence by label and by third of
+    the response; by label the student's entropy, and the share of forks: tokens above FORK nats."""
+    values = defaultdict(list)
     for rollout in rollouts:
-        if rollout.divergences is not None:
-            first, middle, last = rollout.divergences.tensor_split(3)
-            values[rollout.label].append(rollout.divergences)
-            values["first"].append(first)
-            values["middle"].append(middle)
-            values["last"].append(last)
-    joined = {name: torch.cat(parts) for name, parts in values.items() if parts}
-    return {f"distill/kl_{name}": x.mean().item() for name, x in joined.items() if len(x)}
+        if rollout.token_values is not None:
+            divergences, entropies, _ = rollout.token_values
+            values[f"kl_{rollout.label}"].append(divergences)
+            values[f"entropy_{rollout.label}"].append(entropies)
+            values[f"forks_{rollout.label}"].append((entropies > FORK).float())
+            for third, part in zip(["first", "middle", "last"], divergences.tensor_split(3)):
+                values[f"kl_{third}"].append(part)
+    joined = {name: torch.cat(parts) for name, parts in values.items()}
+    return {f"distill/{name}": x.mean().item() for name, x in joined.items() if len(x)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,7 +388,7 @@ def by_label_and_position(rollouts):
 def run(args):
     # Where to start: the student, and the problems whose teacher's prompt fits the context.
     train, heldout = load_problems(args.data, args.columns)
-    if args.context == "solution":
+    if args.context in ("solution", "other-solution"):
         require_solutions(train, args.data,
             "the teacher is shown (or choose another --context)")
     student, tokenizer = load_model(args.out if args.resume else args.init, args.device,
@@ -408,7 +426,6 @@ def run(args):
         metrics = summarize(rollouts)
         metrics["distill/accuracy"] = metrics.pop("accuracy")
         metrics["distill/kept_frac"] = len(kept) / len(rollouts)
-        metrics["kl/sample_train"] = sampler_mismatch(student, rollouts, args)
         if args.match_budget and len(kept) < budget:
             state["short"] += 1
 
@@ -423,14 +440,14 @@ def run(args):
         last = step == args.steps
         if step == 1 or last or step % args.eval_every == 0:
             others = [r for r in rollouts[:budget]
-                if r.divergences is None and r.teacher_prompt_ids is not None]
+                if r.token_values is None and r.teacher_prompt_ids is not None]
             with torch.no_grad():
                 accumulate_gradients(student, teacher, others, args)
-        metrics |= by_label_and_position(rollouts)
+        metrics |= summarize_tokens(rollouts)
 
         # Update. The paper's code skips a step in which nothing is kept, and so does this.
         if kept:
-            metrics["distill/kl"] = loss
+            metrics |= {"distill/kl": loss, "kl/sample_train": sampler_mismatch(kept)}
             metrics |= optimizer_step(step, student, optimizer, loss, args)
             update_teacher(step, teacher, student, args)
         else:

@@ -541,7 +541,7 @@ class Rollout:
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss
     teacher_prompt_ids: list[int] | None = None  # opsd.py; None: there is nothing to show
-    divergences: torch.Tensor | None = None  # opsd.py: (|y|,), student from teacher at each token
+    token_values: torch.Tensor | None = None  # opsd.py: (3, |y|), what each token measured
 
 
 def stop_ids(model, tokenizer):

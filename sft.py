@@ -98,7 +98,8 @@ def accumulate_gradients(model, examples, micro_batch_size):
 # Demonstrations
 
 SLIP, CHECK = 0.15, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
-PRIVILEGED_CHECK = 0.05  # a writer who holds the solution makes no slips and hardly ever checks
+TOLD_CHECK = 0.05  # a writer who is told something hardly ever checks
+CONTEXTS = ("solution", "answer", "concise", "rollout")  # what the writer may be told
 WINDOW = 32  # batches that are drawn together, so that each can be of like length
 
 
@@ -108,15 +109,19 @@ class Example:
     response_ids: list[int]  # EOS included
 
 
-def demonstrate_arithmetic(problem, rng, privileged, think=True):
+def demonstrate_arithmetic(problem, rng, context=None, think=True):
     """The built-in world's demonstration: the chain worked aloud. Returns response text.
 
     A first result is a slip (off by 1, 2 or 10) with probability SLIP; the chain goes on from it.
     After each result the writer checks with probability CHECK, again and again. A check is right:
-    it mends a slip. Whoever holds the solution (`privileged`) makes no slips and hardly ever
-    checks. Without thinking nobody checks.
+    it mends a slip. Without thinking nobody checks.
+
+    context: one of CONTEXTS, what the writer is told; None: nothing. Who is told anything hardly
+    ever checks. Who is told a solution, or what another wrote (rollout), makes no slips. Who is
+    told the answer writes it in the box, whatever the chain gave.
     """
-    slip, check = (0.0, PRIVILEGED_CHECK) if privileged else (SLIP, CHECK)
+    slip = 0.0 if context in ("solution", "rollout") else SLIP
+    check = TOLD_CHECK if context else CHECK
     check = check if think else 0.0
     thinking, value = [], None
     for first, op, b in re.findall(r"(\d+)([-+*])(\d+)=", problem.solution):
@@ -129,7 +134,8 @@ def demonstrate_arithmetic(problem, rng, privileged, think=True):
             thinking.append(f"Wait, {value}{op}{b}={right} {'ok' if written == right else 'no'}.")
             written = right
         value = written
-    return render_response(" ".join(thinking), value, think)
+    boxed = problem.answer if context == "answer" else value
+    return render_response(" ".join(thinking), boxed, think)
 
 
 def render_response(steps, answer, think=True):
@@ -141,16 +147,25 @@ def render_response(steps, answer, think=True):
     return steps if "</think>" in steps else f"<think>{steps}</think>\\boxed{{{answer}}}"
 
 
+def demonstration_prompt(tokenizer, problem, context, args):
+    """The ids before a demonstration whose writer is told `context`: what opsd.py's teacher reads.
+    Of what another wrote (rollout) it is told what follows the thinking, as there."""
+    shown = problem.answer if context == "answer" else problem.solution
+    if context == "rollout":
+        response = render_response(problem.solution, problem.answer, args.thinking)
+        context, shown = "solution", response.rpartition("</think>")[2]
+    return render_prompt(tokenizer, problem, context, shown, args.thinking)
+
+
 def build_example(tokenizer, problem, rng, args):
     """One demonstration. The response is encoded apart from its prompt, as it is when sampled, and
     ends in EOS. Where the chat template opens `<think>`, the response starts inside it."""
-    privileged = rng.random() < args.privileged_frac
+    context = rng.choice(CONTEXTS) if rng.random() < args.privileged_frac else None
     if args.data == "arithmetic":
-        response = demonstrate_arithmetic(problem, rng, privileged, args.thinking)
+        response = demonstrate_arithmetic(problem, rng, context, args.thinking)
     else:
         response = render_response(problem.solution, problem.answer, args.thinking)
-    context = "solution" if privileged else None
-    prompt_ids = render_prompt(tokenizer, problem, context, problem.solution, args.thinking)
+    prompt_ids = demonstration_prompt(tokenizer, problem, context, args)
     if opened := opened_thinking(tokenizer.decode(prompt_ids)):
         response = response.removeprefix(opened).removeprefix("<think>")
     response_ids = tokenizer.encode(response, add_special_tokens=False)
@@ -227,11 +242,11 @@ def make_model(tokenizer, seed):
 
 def new_model(problems, args):
     """A tokenizer trained on the first problems, and a model with random weights."""
-    texts = [PRIVILEGED["solution"] + INSTRUCTION]
+    texts = [told + INSTRUCTION for told in PRIVILEGED.values()] * 2  # twice: a word is a token
     for problem in problems[:5000]:
         texts += [problem.problem, render_response(problem.solution, problem.answer)]
         if args.data == "arithmetic":
-            texts += [demonstrate_arithmetic(problem, random.Random(0), privileged=False)]
+            texts += [demonstrate_arithmetic(problem, random.Random(0))]
     tokenizer = make_tokenizer(texts)
     return make_model(tokenizer, args.seed).to(args.device), tokenizer
 
