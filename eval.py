@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from rollout import Head, check_context, collate, evaluate, fail, fitting_prompts, is_first
+from rollout import APPLY, Head, check_context, collate, evaluate, fail, fitting_prompts, is_first
 from rollout import join_processes, load_model, load_problems, load_tokenizer, make_sampler
 from rollout import not_negative, number, once, positive, read_problems, reason, render_prompt
 from rollout import require_checkpoint, require_device, response_hidden_states, sample_row
@@ -48,6 +48,8 @@ from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
     re.IGNORECASE)
+NUMBER = r"(-?\d{1,999})"  # int() refuses thousands of digits
+STEP = re.compile(rf"(Wait, )?{NUMBER}([-+*]){NUMBER}={NUMBER}(?=\D)")  # not one that is cut off
 FIGURE_STYLE = {"font.size": 12, "svg.hashsalt": "eval.py"}  # a fixed salt: same data, same file
 
 
@@ -144,8 +146,7 @@ def pass_at_k(n, c, k):
 
 def majority_correct(texts, gold):
     """1.0 if a problem's most frequent extracted answer is correct. Cut-off responses have none."""
-    answers = [extract_answer(text) for text in texts]
-    votes = Counter(answer for answer in answers if answer)
+    votes = Counter(filter(None, map(extract_answer, texts)))
     if not votes:
         return 0.0
     winner, _ = votes.most_common(1)[0]
@@ -228,6 +229,36 @@ def thinking_length(rollout, tokenizer):
     return bisect_left(range(length(rollout) + 1), closings(length(rollout)), key=closings)
 
 
+def first_results(text):
+    """A response of the built-in world -> [(is it a slip, what became of it)] of all first results.
+
+    A first result is that of a step that is no check. A slip is one that is wrong for the step's
+    own operands, wherever they come from. What becomes of it:
+    mended: a check gives the right result, and the chain goes on from that, or ends with it;
+    checked: there is a check before the next step, but not so; neither: there is none.
+    """
+    found, checks = [], []  # from the end, so that what follows a step is known
+    follows = extract_answer(text)  # or the next step's first operand; None: the text is cut off
+    for wait, a, op, b, result in reversed(STEP.findall(text)):
+        if wait:
+            checks.append(int(result))
+            continue
+        right = APPLY[op](int(a), int(b))
+        slip = int(result) != right
+        is_mended = slip and right in checks and follows in (str(right), None)
+        found.append((slip, "mended" if is_mended else "checked" if checks else "neither"))
+        follows, checks = a, []
+    return found[::-1]
+
+
+def count_slips(rollouts):
+    """What became of the slips of all responses, and how many right results were checked."""
+    found = Counter(step for rollout in rollouts for step in first_results(rollout.text))
+    fates = {fate: found[True, fate] for fate in ("mended", "checked", "neither")}
+    return {"first_results": found.total(), "slips": sum(fates.values()), **fates,
+        "right_checked": found[False, "checked"]}
+
+
 def evaluate_checkpoint(path, sampler, problems, args):
     """-> the row of the table and the json; the same figures a problem, for pairing; rollouts."""
     start = time.time()
@@ -271,7 +302,7 @@ def paired_change(now, before, seed):
     }
 
 
-def compare_checkpoints(problems, args):
+def compare_checkpoints(problems, args, built_in):
     """The table and, where asked for, --json, --plot, --samples and --shortest."""
     rows, before = [], None
     if args.samples:
@@ -280,14 +311,15 @@ def compare_checkpoints(problems, args):
         row, per_problem, rollouts = evaluate_checkpoint(path, sampler, problems, args)
         if before:  # problem by problem, so that what the two have in common cancels
             row |= paired_change(per_problem, before, args.seed)
+        if built_in:
+            row["slips"] = count_slips(rollouts)
         rows.append(row)
         before = per_problem
         if args.samples:  # now, so that a later checkpoint that fails does not lose them
             with open(args.samples, "a", encoding="utf-8") as file:
                 for r in rollouts:
-                    extracted = extract_answer(r.text)
-                    line = {"checkpoint": path, **sample_row(r), "extracted": extracted}
-                    file.write(json.dumps(line) + "\n")
+                    more = {"extracted": extract_answer(r.text)}
+                    file.write(json.dumps({"checkpoint": path, **sample_row(r), **more}) + "\n")
     print_table(rows)
     if args.shortest:
         write_shortest(rollouts, args)
@@ -320,6 +352,20 @@ def print_table(rows):
         shorter, longer = [100 * bound for bound in row["length_change_ci95"]]
         print(f"{row['checkpoint']:{max(width, 29)}}  {points:+6.1f} ({low:+.1f} to {high:+.1f})"
             f"{'':13}{percent:+6.1f} ({shorter:+.1f} to {longer:+.1f})")
+    if "slips" in rows[0]:
+        print(f"\n{'what became of slips':{width}}  first results    slips, %   mended, %  "
+            "checked, %  neither, %  right ones checked, %")
+        for row in rows:
+            found = row["slips"]
+            slips, right = found["slips"], found["first_results"] - found["slips"]
+            print(f"{row['checkpoint']:{max(width, 20)}}  {slips + right:13d}  "
+                f"{share(slips, slips + right)}  {share(found['mended'], slips)}  "
+                f"{share(found['checked'], slips)}  {share(found['neither'], slips)}  "
+                f"{share(found['right_checked'], right):>21}")
+
+
+def share(part, whole):
+    return f"{100 * part / whole:10.1f}" if whole else f"{'-':>10}"
 
 
 @matplotlib.rc_context(FIGURE_STYLE)
@@ -431,8 +477,8 @@ def likeliest(log_probs, tokenizer):
 
 
 def measure_tokens(model, tokenizer, rollout, thinking):
-    """-> a dict for each response token: its text and position, its probability under student and teacher,
-    the five likeliest tokens of each, and KL(student || teacher) there, in nats."""
+    """-> a dict for each response token: its text and position, its probability under student and
+    teacher, the five likeliest tokens of each, and KL(student || teacher) there, in nats."""
     student, teacher = teacher_gap(model, tokenizer, rollout, thinking)  # (|y|, V) each
     kl = F.kl_div(teacher, student, log_target=True, reduction="none").sum(-1)  # (|y|,)
     return [{
@@ -460,8 +506,7 @@ def show_example(problem, args):
     for example in examples:
         print_tokens(example, args.all_tokens)
     if args.html:
-        page = example_page(problem, examples)
-        Path(args.html).write_text(page, encoding="utf-8")
+        Path(args.html).write_text(example_page(problem, examples), encoding="utf-8")
 
 
 def print_responses(problem, examples):
@@ -583,7 +628,7 @@ def main():
         return
     problems = problems[:limit]
     print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each)")
-    compare_checkpoints(problems, args)
+    compare_checkpoints(problems, args, built_in=data == "arithmetic")
 
 
 if __name__ == "__main__":

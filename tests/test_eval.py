@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,81 @@ def test_a_checkpoint_against_itself_does_not_change(tokenizer, problems):
     assert [r.response_ids for r in first[2]] == [r.response_ids for r in second[2]]
     change = evaluation.paired_change(second[1], first[1], seed=0)
     assert change["length_change_ci95"] == change["accuracy_change_ci95"] == [0, 0]
+
+
+RIGHT, RIGHT_CHECKED = (False, "neither"), (False, "checked")
+MENDED, CHECKED, NEITHER = (True, "mended"), (True, "checked"), (True, "neither")
+FIRST_RESULTS = [
+    ("27+8=33. Wait, 27+8=35 no. 35*2=70.</think>\\boxed{70}", [MENDED, RIGHT]),
+    ("27+8=33. Wait, 27+8=35 no.</think>\\boxed{35}", [MENDED]),
+    ("27+8=33. 33*2=66.</think>\\boxed{66}", [NEITHER, RIGHT]),  # it inherits a slip, and is none
+    ("27+8=33. 35*2=70.</think>\\boxed{70}", [NEITHER, RIGHT]),  # right after all, but nobody checked
+    ("27+8=33. Wait, 27+8=33 ok. 33*2=66.", [CHECKED, RIGHT]),  # a check that is wrong
+    ("27+8=33. Wait, 27+8=33 ok. 35*2=70.", [CHECKED, RIGHT]),  # right after all, but by no check
+    ("27+8=33. Wait, 27+8=35 no. 33*2=66.", [CHECKED, RIGHT]),  # it goes on from the slip
+    ("27+8=33. Wait, 27+8=35 no.</think>\\boxed{33}", [CHECKED]),  # it ends with the slip
+    ("27+8=33. Wait, 27+8=33 ok. Wait, 27+8=35 no. 35-1=34.", [MENDED, RIGHT]),
+    ("27+8=33. Wait, 27+8=35 no. Wait, 27+8=35 ok. 35-1=34.", [MENDED, RIGHT]),
+    ("27+8=33. Wait, 27+8=35 no. Wait, 27+8=33 no. 33-1=32.", [CHECKED, RIGHT]),
+    ("27+8=35. Wait, 27+8=35 ok. Wait, 27+8=35 ok. 35*2=70.", [RIGHT_CHECKED, RIGHT]),
+    ("27+8=35. Wait, 27+8=33 no. 33*2=66.", [RIGHT_CHECKED, RIGHT]),
+    ("27+8=33. 33*2=70. Wait, 33*2=66 no. 66-1=65.", [NEITHER, MENDED, RIGHT]),  # of the second step only
+    ("Wait, 1+1=2 ok. 27+8=33.", [NEITHER]),  # a check at the start is of nothing
+    ("27+8=33. Wait, 27+8=35 no. 35*", [MENDED]),  # cut off
+    ("27+8=33. Wait, 27+8=3", [NEITHER]),  # the check may have become 35
+    ("27+8=35. 35*2=7", [RIGHT]),  # the result may have become 70
+    ("27+8=33. Wait, 27+8=35 no.", [MENDED]),
+    ("97*14=1358. 1358-999=359. 9*0=0.", [RIGHT, RIGHT, RIGHT]),
+    ("1-3=-2. -2+5=3. 0-7=7. Wait, 0-7=-7 no. -7*2=-14.", [RIGHT, RIGHT, MENDED, RIGHT]),  # below zero
+    ("1+1=" + "2" * 5000 + ". 1+1=2.", [RIGHT]),  # int() refuses it
+    ("so it is 35", []), ("", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, found", FIRST_RESULTS)
+def test_what_becomes_of_a_slip(text, found):
+    """27+8=35. Whoever calls every slip with a `Wait` after it mended reports a checker that mends nothing as
+    a perfect one; whoever looks at the answer only calls a step that goes on from a slip a slip as well."""
+    assert evaluation.first_results(text) == found
+    assert evaluation.first_results("<think>" + text) == found
+    assert evaluation.first_results(text.replace("</think>", " ")) == found  # as of --no-thinking
+
+
+def test_slips_are_counted_over_all_responses(capsys):
+    """Twelve first results, eight of them slips: one mended, two checked, five neither. Of the four right ones
+    three are checked. Shares of what is not there are no zeros: who never slips has not failed to mend."""
+    texts = ["27+8=33. Wait, 27+8=35 no."] + 2 * ["27+8=33. Wait, 27+8=33 ok."] + 5 * ["27+8=33. 33-3="]
+    texts += 3 * ["4+4=8. Wait, 4+4=8 ok."] + ["4+4=8. Wait"]
+    counts = evaluation.count_slips([SimpleNamespace(text=text) for text in texts])
+    assert counts == {"first_results": 12, "slips": 8, "mended": 1, "checked": 2, "neither": 5,
+        "right_checked": 3}  # fmt: skip
+    figures = """accuracy accuracy_se length length_se think_length truncated doubt pass_at_k maj_at_k k n
+        accuracy_change length_change""".split()
+    intervals = dict.fromkeys(["accuracy_change_ci95", "length_change_ci95"], [0, 0])
+    row = {"checkpoint": "ckpt/x", **dict.fromkeys(figures, 1), **intervals}
+    none = evaluation.count_slips([SimpleNamespace(text="")])
+    evaluation.print_table([row | {"slips": counts}, row | {"slips": none}])
+    table = capsys.readouterr().out.split("what became of slips")[1].splitlines()
+    assert table[1].split() == ["ckpt/x", "12", "66.7", "12.5", "25.0", "62.5", "75.0"]
+    assert table[2].split() == ["ckpt/x", "0", *5 * ["-"]]
+    assert len({len(line) for line in table[1:]}) == 1  # columns
+    evaluation.print_table([row])
+    assert "slips" not in capsys.readouterr().out
+
+
+def test_only_the_built_in_world_has_slips(base):
+    """In another data set `2+3=5` may be anything. Without --data it is that of the first checkpoint."""
+    own = Path(shutil.copytree(base / "sft", "own"))
+    saved = json.loads((own / "args.json").read_text())
+    (own / "args.json").write_text(json.dumps(saved | {"data": "arithmetic", "columns": ""}))
+    flags = "--problems 2 --n 1 --max-new-tokens 4 --json result.json"
+    for path, data, has_slips in [(own, [], True), (own, ["--data", base / "problems.jsonl"], False),
+            (base / "sft", [], False), (base / "sft", ["--data arithmetic"], True)]:  # fmt: skip
+        status, out, err = run_stage(evaluation, path, flags, *data)
+        assert status == 0, err
+        assert ("what became of slips" in out) == has_slips
+        row = json.loads(Path("result.json").read_text())["checkpoints"][0]
+        assert ("slips" in row) == has_slips
 
 
 def test_the_shortest_correct_response_becomes_data(tokenizer, tmp_path):

@@ -9,7 +9,6 @@ both with the weights of the second checkpoint, at the tokens of its own respons
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,29 +16,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # eval.py and rollout.py are two folders up
 
-from eval import DOUBT, teacher_gap  # noqa: E402
+from eval import DOUBT, first_results, teacher_gap  # noqa: E402
 from rollout import HFSampler, evaluate, load_model, load_problems  # noqa: E402
-
-STEP = re.compile(r"(Wait, )?(\d+)([-+*])(\d+)=(\d+)")
 
 
 def mean(values):
     return sum(values) / len(values) if values else None
-
-
-def checks(text):
-    """A response -> a list of [was this first result a slip, was it checked], step by step."""
-    steps = []
-    for check, a, op, b, result in STEP.findall(text):
-        if check and not steps:
-            continue  # a check with nothing before it
-        if check:
-            steps[-1][1] = True
-            continue
-        a, b = int(a), int(b)
-        right = {"+": a + b, "-": a - b, "*": a * b}[op]
-        steps.append([int(result) != right, False])
-    return steps
 
 
 def measure(paths, count, n):
@@ -121,11 +103,11 @@ def measure_difficulty(by_sft, by_before, by_after, n):
 
 def measure_habits(rollouts):
     """How often a first result is a slip, and how often each kind of first result is checked."""
-    steps = [step for r in rollouts for step in checks(r.text)]
+    steps = [step for r in rollouts for step in first_results(r.text)]
     return {
         "slips": mean([slip for slip, _ in steps]),
-        "checked_after_a_slip": mean([checked for slip, checked in steps if slip]),
-        "checked_after_a_right_result": mean([checked for slip, checked in steps if not slip]),
+        "checked_after_a_slip": mean([fate != "neither" for slip, fate in steps if slip]),
+        "checked_after_a_right_result": mean([fate != "neither" for slip, fate in steps if not slip]),
     }
 
 

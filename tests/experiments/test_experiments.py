@@ -179,9 +179,8 @@ def test_a_curve_is_a_mean_over_the_seeds_that_have_the_arm():
 
 
 def test_slips_and_checks_by_hand():
-    """27+8=33 is a slip and is checked; 35*2=70 is right and is not; a check at the start has no step."""
-    text = "Wait, 1+1=2 ok. 27+8=33. Wait, 27+8=35 no. 35*2=70. 70-1=69. Wait, 70-1=69 ok."
-    assert anatomy.checks(text) == [[True, True], [False, False], [False, True]]
+    """27+8=33 is a slip and is checked, 35*2=70 is right and is not, 70-1=69 is right and is."""
+    text = "27+8=33. Wait, 27+8=35 no. 35*2=70. 70-1=69. Wait, 70-1=69 ok."
     assert anatomy.measure_habits([SimpleNamespace(text=text)]) == {"slips": pytest.approx(1 / 3),
         "checked_after_a_slip": 1, "checked_after_a_right_result": 0.5}
 
