@@ -1,4 +1,4 @@
-"""The tables and the figure of the experiments, from results/seed*.json, which run_seeds.sh writes.
+"""The tables and the figure of the experiments, from results/seed*.json, which run.py writes.
 
     python tests/experiments/results.py                 # prints the tables, as Markdown
     python tests/experiments/results.py --write         # writes them into the two pages, between their marks
@@ -17,47 +17,56 @@ import shutil
 import sys
 from pathlib import Path
 
+import arms
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 TABLES = {  # title -> the arm that changes are against, and the arms
-    "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "all", "only-correct", "only-incorrect"]),
-    "Equal budgets": ("rlvr", ["all", "correct-matched", "incorrect-matched", "forward-correct-matched",
-        "forward-incorrect-matched"]),
+    "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "rlvr-solution-all", "only-correct",
+        "only-incorrect"]),
+    "Equal budgets": ("rlvr", ["rlvr-solution-all", "rlvr-solution-correct", "rlvr-solution-incorrect",
+        "forward-correct-matched", "forward-incorrect-matched"]),
     "Divergences": ("rlvr", ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect",
         "jsd-correct", "jsd-incorrect", "split-all"]),
-    "Controls": ("rlvr", ["only-correct", "context-none", "context-concise", "context-answer",
-        "context-wrong-answer", "context-sibling", "shortest-sft"]),
+    "Controls": ("rlvr", ["only-correct", "rlvr-none-all", "rlvr-other-solution-correct", "context-wrong-answer",
+        "context-rollout", "token-clip", "shortest-sft"]),
     "Teachers, 100 steps": ("rlvr", ["frozen-100", "refresh-50", "refresh-1", "ema"]),
     "OPSD in place of RLVR, and before it": ("sft", ["rlvr", "sft-opsd", "sft-opsd-rlvr", "only-correct"]),
-    "Without thinking": ("short-rlvr", ["short-sft", "short-rlvr", "short-all", "short-correct",
-        "short-incorrect"]),
 }
+
+HYPOTHESIS = {  # title -> the checkpoint that its arms start from
+    "Thinking, from the end of RLVR": "rlvr",
+    "Thinking, from RLVR stopped early": "rlvr-15",
+    "No thinking, from the end of RLVR": "short-rlvr",
+    "No thinking, from RLVR stopped early": "short-rlvr-15",
+}
+HINDSIGHT = "Incorrect minus correct, by context"
 
 CONTRASTS, ANATOMY = "Against each other, seed by seed", "What OPSD takes away, and where"
 KEPT, EACH_SEED = "Rollouts kept in a step, of 32", "Teachers, the accuracy of each seed"
-PAIRS = [("only-incorrect", "only-correct"), ("incorrect-matched", "correct-matched"),
-    ("forward-incorrect", "forward-correct"), ("forward-incorrect-matched", "forward-correct-matched"),
-    ("jsd-incorrect", "jsd-correct"), ("short-incorrect", "short-correct"), ("only-correct", "all"),
-    ("only-correct", "shortest-sft"), ("refresh-50", "frozen-100"), ("refresh-1", "frozen-100"),
-    ("only-correct", "sft-opsd"), ("only-correct", "sft-opsd-rlvr"), ("sft-opsd-rlvr", "sft-opsd")]
+PAIRS = [("only-incorrect", "only-correct"), ("forward-incorrect", "forward-correct"),
+    ("forward-incorrect-matched", "forward-correct-matched"), ("jsd-incorrect", "jsd-correct"),
+    ("only-correct", "rlvr-solution-all"), ("only-correct", "token-clip"), ("only-correct", "shortest-sft"),
+    ("refresh-50", "frozen-100"), ("refresh-1", "frozen-100"), ("only-correct", "sft-opsd"),
+    ("only-correct", "sft-opsd-rlvr"), ("sft-opsd-rlvr", "sft-opsd")]
 
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
 FILTERS = [  # arm, divergence, rollouts that are kept, their number in a step
-    ("all", "reverse KL", "all", "32 sampled"),
+    ("rlvr-solution-all", "reverse KL", "all", "32 sampled"),
     ("only-correct", "reverse KL", "only correct", "the correct of 32"),
     ("only-incorrect", "reverse KL", "only incorrect", "the incorrect of 32"),
     ("forward-correct", "forward KL", "only correct", "the correct of 32"),
     ("forward-incorrect", "forward KL", "only incorrect", "the incorrect of 32"),
-    ("correct-matched", "reverse KL", "only correct", "32 correct"),
-    ("incorrect-matched", "reverse KL", "only incorrect", "32 incorrect"),
+    ("rlvr-solution-correct", "reverse KL", "only correct", "32 correct"),
+    ("rlvr-solution-incorrect", "reverse KL", "only incorrect", "32 incorrect"),
 ]
 
 PANELS = {  # the figure: title -> arms, in the order of STYLES
-    "reverse KL": ["only-correct", "only-incorrect", "correct-matched", "incorrect-matched"],
+    "reverse KL": ["only-correct", "only-incorrect", "rlvr-solution-correct", "rlvr-solution-incorrect"],
     "forward KL": ["forward-correct", "forward-incorrect", "forward-correct-matched",
         "forward-incorrect-matched"],
 }
@@ -79,14 +88,14 @@ def collect(folder):
     Arms that are not in the folder stay as they were."""
     judged = sorted(Path(folder).glob("*/eval.json"))
     if not judged:
-        print(f"error: {folder} has no ARM/eval.json: run run_seeds.sh first", file=sys.stderr)
+        print(f"error: {folder} has no ARM/eval.json: start run.py first", file=sys.stderr)
         sys.exit(2)
     saved = RESULTS / f"{Path(folder).name}.json"
-    arms = json.loads(saved.read_text()) if saved.is_file() else {}
+    found = json.loads(saved.read_text()) if saved.is_file() else {}
     for path in judged:
-        arms[path.parent.name] = collect_arm(path.parent)
+        found[path.parent.name] = collect_arm(path.parent)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(arms[name])}" for name in sorted(arms))
+    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found))
     saved.write_text(f"{{\n{rows}\n}}\n")
     anatomy = Path(folder, "anatomy.json")
     if anatomy.is_file():
@@ -96,7 +105,7 @@ def collect(folder):
 def collect_arm(folder):
     found = json.loads((folder / "eval.json").read_text())["checkpoints"][0]
     keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
-    arm = {key: round(found[key], 5) for key in keys}
+    arm = {key: round(found[key], 5) for key in keys} | {"slips": found["slips"]}
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     arm["path"] = []
     for row in log:
@@ -112,7 +121,7 @@ def collect_arm(folder):
 def mean_of_distill(rows):
     """Rows of metrics.jsonl -> {"kl": ..., "kept_frac": ...}: a metric's mean over the rows that have it."""
     means = {}
-    for key in sorted({key for row in rows for key in row if key.startswith("distill/k")}):
+    for key in sorted({key for row in rows for key in row if key.startswith("distill/")}):
         values = [row[key] for row in rows if key in row]
         means[key.removeprefix("distill/")] = round(sum(values) / len(values), 5)
     return means
@@ -132,6 +141,10 @@ def mean_and_half_width(values):
     n, mean = len(values), sum(values) / len(values)
     deviation = (sum((v - mean) ** 2 for v in values) / max(1, n - 1)) ** 0.5
     return mean, T95.get(n, 1.96) * deviation / n**0.5 if n > 1 else float("nan")
+
+
+def mean(values):
+    return sum(values) / len(values)
 
 
 def cell(values, sign=""):
@@ -165,38 +178,18 @@ def percents(pairs):
 # Tables
 
 
-def commands():
-    """{arm: the command that run_seeds.sh gives it, as one would type it for a single seed}."""
-    text = (HERE / "run_seeds.sh").read_text().replace("\\\n", " ")
-    made = {}
-    for kind, arm, flags in re.findall(r"^  (opsd|run) ([\w-]+) ?(.*)$", text, re.MULTILINE):
-        if kind == "run":
-            stage, _, flags = flags.partition(" ")
-        else:
-            stage, flags = "opsd", f"--init ckpt/rlvr {flags}"
-        flags = flags.replace("$from", "--init ckpt/short-rlvr --no-thinking")
-        flags = flags.replace("$dump", "shortest.jsonl")
-        flags = re.sub(r'"?ckpt/seed\$seed/([\w-]+)"?', r"ckpt/\1", flags)
-        flags = flags.replace("--eval-every 10", "").replace('"', "")
-        out = "" if arm == stage else f"--out ckpt/{arm}"
-        made[arm] = " ".join(f"python {stage}.py {flags} {out}".split())
-    dump = "python eval.py ckpt/rlvr --train --problems 1280 --n 8 --shortest shortest.jsonl"
-    made["shortest-sft"] = f"{dump} && {made['shortest-sft']}"
-    return made
-
-
-def how_to_make(arms):
+def how_to_make(names):
     """Markdown: a block with the command of each arm, in the order of the table."""
-    made = commands()
-    lines = [made[arm].replace(" && ", " && \\\n  ") for arm in arms]
+    made = arms.commands()
+    lines = [made[name].replace(" && ", " && \\\n  ") for name in names]
     return "\n".join(["How to make each arm:", "", "```bash", *lines, "```"])
 
 
-def table(runs, base, arms):
+def table(runs, base, names):
     """Markdown: each arm's accuracy, length, truncation and doubt, and its changes against `base`."""
     lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
         "| truncated, % | doubt | seeds |", "|---|---|---|---|---|---|---|---|"]
-    for arm in arms:
+    for arm in names:
         pairs = pairs_of(runs, arm, base)
         if not pairs:
             continue
@@ -210,6 +203,48 @@ def table(runs, base, arms):
             accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
         lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
             f"| {truncated} | {doubt:.2f} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def slip_share(row, kind):
+    """Percent of a row's slips that were mended, checked in vain, or neither."""
+    return 100 * row["slips"][kind] / row["slips"]["slips"] if row["slips"]["slips"] else float("nan")
+
+
+def by_context(runs, start):
+    """Markdown: all contexts and filters from one start, at equal budgets. Entropy and forks are those of the
+    student's correct rollouts in training; the start's are those of the first step."""
+    lines = [f"| context | rollouts | accuracy, % | against {start}, points | length, % | slips, % | of them mended, % "
+        "| entropy, nats | forks, % | seeds |", "|---|---|---|---|---|---|---|---|---|---|"]
+    none = f"{start}-none-all"
+    for context in ["", "none", *arms.CONTEXTS]:
+        for kept in arms.FILTERS:
+            arm = f"{start}-{context}-{kept}" if context else start
+            some = [run for run in runs if arm in run and none in run]
+            if not some or (not context and kept != "all"):
+                continue
+            rows = [run[arm] for run in some]
+            measured = [run[arm]["last_10"] if context else run[none]["first"] for run in some]
+            pairs = pairs_of(some, arm, start)
+            changes = [cell(points(pairs), "+"), cell(percents(pairs), "+")] if context else ["", ""]
+            slips = [100 * row["slips"]["slips"] / row["slips"]["first_results"] for row in rows]
+            cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
+                *changes, cell(slips), cell([slip_share(row, "mended") for row in rows]),
+                f"{mean([m['entropy_correct'] for m in measured]):.3f}",
+                f"{100 * mean([m['forks_correct'] for m in measured]):.1f}", str(len(rows))]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def hindsight(runs):
+    """Markdown: for each start and context, what training on incorrect rollouts adds to that on correct ones."""
+    lines = ["| start | context | accuracy, points | length, % | seeds |", "|---|---|---|---|---|"]
+    for start in HYPOTHESIS.values():
+        for context in arms.CONTEXTS:
+            pairs = pairs_of(runs, f"{start}-{context}-incorrect", f"{start}-{context}-correct")
+            if pairs:
+                lines.append(f"| {start} | {context} | {cell(points(pairs), '+')} | {cell(percents(pairs), '+')} "
+                    f"| {len(pairs)} |")
     return "\n".join(lines)
 
 
@@ -276,8 +311,11 @@ def page_tables(runs):
     import anatomy  # here, since it needs torch
 
     tables = {}
-    for title, (base, arms) in TABLES.items():
-        tables[title] = f"{table(runs, base, arms)}\n\n{how_to_make(arms)}"
+    for title, (base, names) in TABLES.items():
+        tables[title] = f"{table(runs, base, names)}\n\n{how_to_make(names)}"
+    for title, start in HYPOTHESIS.items():
+        tables[title] = by_context(runs, start)
+    tables[HINDSIGHT] = hindsight(runs)
     tables[CONTRASTS] = contrasts(runs)
     tables[KEPT] = rollouts_kept(runs)
     tables[EACH_SEED] = accuracy_of_each_seed(runs)
@@ -327,9 +365,9 @@ def plot(runs, path):
 
     figure, panels = pyplot.subplots(1, 2, figsize=(8.3, 5), sharex=True, sharey=True, layout="constrained")
     start_length, start_accuracy = mean_path(runs, "rlvr")[-1]
-    for axes, (title, arms) in zip(panels, PANELS.items()):
+    for axes, (title, names) in zip(panels, PANELS.items()):
         axes.patch.set_gid(f"panel-{title[:7]}")  # these names let a test find what is drawn
-        for arm, (label, colour, line, marker) in zip(arms, STYLES):
+        for arm, (label, colour, line, marker) in zip(names, STYLES):
             lengths, accuracies = zip(*mean_path(runs, arm))
             axes.plot(lengths, accuracies, line, color=colour, lw=2, label=label, gid=arm)
             axes.plot(lengths[1:-1], accuracies[1:-1], marker, color=colour, ms=3.5)

@@ -1,0 +1,84 @@
+"""The arms of the experiments: every command, as one would type it for a single seed.
+
+An arm is one variant of training. Its name is the folder that it makes. run.py runs all of them for each seed,
+results.py shows the commands beside its tables.
+"""
+
+import re
+
+# The hypothesis: hindsight corrects short outputs, and only finds redundancy in long thinking. Every arm trains
+# on 32 kept rollouts a step, under reverse KL.
+STARTS = ["rlvr", "rlvr-15", "short-rlvr", "short-rlvr-15"]
+CONTEXTS = ["solution", "answer", "concise", "other-solution"]
+FILTERS = {"all": "", "correct": "--only-correct --match-budget", "incorrect": "--only-incorrect --match-budget"}
+
+
+def contexts_from(start):
+    """The commands of all contexts and filters from one start. With --context none the loss is 0, whatever is
+    kept: one arm."""
+    thinking = " --no-thinking" if start.startswith("short") else ""
+    made = [f"python opsd.py --init ckpt/{start}{thinking} --eval-every 40 --context none --out ckpt/{start}-none-all"]
+    for context in CONTEXTS:
+        for kept, flags in FILTERS.items():
+            made.append(f"python opsd.py --init ckpt/{start}{thinking} --eval-every 40 --context {context} {flags} "
+                f"--out ckpt/{start}-{context}-{kept}")
+    return "\n".join(made)
+
+
+SHORTEST = "python eval.py ckpt/rlvr --train --problems 1280 --n 8 --shortest ckpt/shortest.jsonl"
+GROUPS = {  # name -> commands, in the order in which they are run
+    "start": """
+        python sft.py
+        python rlvr.py --init ckpt/sft
+        python rlvr.py --init ckpt/sft --steps 15 --out ckpt/rlvr-15""",
+    # Which rollouts. The budget is what a batch of 32 gives; `all` is rlvr-solution-all.
+    "paper": """
+        python opsd.py --init ckpt/rlvr --only-correct --out ckpt/only-correct
+        python opsd.py --init ckpt/rlvr --only-incorrect --out ckpt/only-incorrect""",
+    "thinking": contexts_from("rlvr"),
+    "thinking-early": contexts_from("rlvr-15"),
+    "no-thinking-start": """
+        python sft.py --init ckpt/sft --no-thinking --steps 400 --lr 1e-3 --out ckpt/short-sft
+        python rlvr.py --init ckpt/short-sft --no-thinking --out ckpt/short-rlvr
+        python rlvr.py --init ckpt/short-sft --no-thinking --steps 15 --out ckpt/short-rlvr-15""",
+    "no-thinking": contexts_from("short-rlvr"),
+    "no-thinking-early": contexts_from("short-rlvr-15"),
+    "divergences": """
+        python opsd.py --init ckpt/rlvr --only-correct --divergence forward --out ckpt/forward-correct
+        python opsd.py --init ckpt/rlvr --only-incorrect --divergence forward --out ckpt/forward-incorrect
+        python opsd.py --init ckpt/rlvr --only-correct --divergence forward --match-budget --out ckpt/forward-correct-matched
+        python opsd.py --init ckpt/rlvr --only-incorrect --divergence forward --match-budget --out ckpt/forward-incorrect-matched
+        python opsd.py --init ckpt/rlvr --only-correct --divergence jsd --out ckpt/jsd-correct
+        python opsd.py --init ckpt/rlvr --only-incorrect --divergence jsd --out ckpt/jsd-incorrect
+        python opsd.py --init ckpt/rlvr --divergence split --out ckpt/split-all""",
+    "controls": f"""
+        python opsd.py --init ckpt/rlvr --only-correct --context wrong-answer --out ckpt/context-wrong-answer
+        python opsd.py --init ckpt/rlvr --only-correct --context rollout --group-size 4 --batch-size 8 --out ckpt/context-rollout
+        python opsd.py --init ckpt/rlvr --only-correct --token-clip 0.2 --out ckpt/token-clip
+        {SHORTEST} && python sft.py --init ckpt/rlvr --data ckpt/shortest.jsonl --privileged-frac 0 --steps 40 --lr 2e-4 --min-lr-ratio 1 --warmup-steps 0 --weight-decay 0 --out ckpt/shortest-sft""",
+    "order": """
+        python opsd.py --init ckpt/sft --only-correct --out ckpt/sft-opsd
+        python rlvr.py --init ckpt/sft-opsd --out ckpt/sft-opsd-rlvr""",
+    "teachers": """
+        python opsd.py --init ckpt/rlvr --only-correct --steps 100 --out ckpt/frozen-100
+        python opsd.py --init ckpt/rlvr --only-correct --steps 100 --teacher refresh --refresh-every 50 --out ckpt/refresh-50
+        python opsd.py --init ckpt/rlvr --only-correct --steps 100 --teacher refresh --refresh-every 1 --out ckpt/refresh-1
+        python opsd.py --init ckpt/rlvr --only-correct --steps 100 --teacher ema --ema-decay 0.95 --out ckpt/ema""",
+}
+
+
+def stage_of(command):
+    """The stage that a command trains with; before it, eval.py may make its data."""
+    return re.findall(r"python (\w+)\.py", command)[-1]
+
+
+def arm_of(command):
+    """The folder that a command makes: its --out, or its stage's name."""
+    out = re.search(r"--out ckpt/(\S+)", command)
+    return out[1] if out else stage_of(command)
+
+
+def commands(groups=GROUPS):
+    """{arm: its command}, of some groups."""
+    lines = [line.strip() for group in groups for line in GROUPS[group].splitlines() if line.strip()]
+    return {arm_of(line): " ".join(line.split()) for line in lines}
