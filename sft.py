@@ -153,7 +153,7 @@ def demonstration_prompt(tokenizer, problem, context, args):
     shown = problem.answer if context == "answer" else problem.solution
     if context == "rollout":
         response = render_response(problem.solution, problem.answer, args.thinking)
-        context, shown = "solution", response.rpartition("</think>")[2]
+        context, shown = "solution", response.rpartition("</think>")[2].strip()
     return render_prompt(tokenizer, problem, context, shown, args.thinking)
 
 
@@ -174,10 +174,11 @@ def build_example(tokenizer, problem, rng, args):
 
 def demonstration_length(tokenizer, problem, args):
     """Tokens of the longest demonstration of this problem, prompt and response."""
-    context = "solution" if args.privileged_frac else None
-    prompt_ids = render_prompt(tokenizer, problem, context, problem.solution, args.thinking)
+    contexts = CONTEXTS if args.privileged_frac else [None]
+    prompts = [demonstration_prompt(tokenizer, problem, context, args) for context in contexts]
     response = render_response(problem.solution, problem.answer, args.thinking)
-    return len(prompt_ids) + len(tokenizer.encode(response, add_special_tokens=False)) + 1
+    response_ids = tokenizer.encode(response, add_special_tokens=False)
+    return max(map(len, prompts)) + len(response_ids) + 1
 
 
 def draw_batches(window, model, tokenizer, problems, args):
