@@ -144,16 +144,16 @@ def token_values(student, teacher, rollouts, args):
     states of response tokens are kept, in the same order on both sides.
     """
     responses = [r.response_ids for r in rollouts]
-    student_hidden = response_hidden_states(student,
-        *collate([r.prompt_ids for r in rollouts], responses, student.device))  # (N, H)
+    input_ids, response_mask = collate(
+        [r.prompt_ids for r in rollouts], responses, student.device)  # (B, T) each
+    student_hidden = response_hidden_states(student, input_ids, response_mask)  # (N, H)
     with torch.no_grad():
         teacher_hidden = response_hidden_states(teacher,
             *collate([r.teacher_prompt_ids for r in rollouts], responses, student.device))
-    ids = torch.tensor([i for ids in responses for i in ids], device=student.device)  # (N,)
     is_correct = torch.tensor([r.label == "correct" for r in rollouts for _ in r.response_ids],
-        device=student.device)  # (N,)
-    return chunked_values(student_hidden, teacher_hidden, Head(student), Head(teacher), ids,
-        is_correct, args.divergence, args.beta, args.temperature)
+        dtype=torch.bool, device=student.device)  # (N,)
+    return chunked_values(student_hidden, teacher_hidden, Head(student), Head(teacher),
+        input_ids[response_mask], is_correct, args.divergence, args.beta, args.temperature)
 
 
 def chunked_values(student_hidden, teacher_hidden, student_head, teacher_head, ids, is_correct,
@@ -165,14 +165,19 @@ def chunked_values(student_hidden, teacher_hidden, student_head, teacher_head, i
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_chunk) / temperature
         student_logits = student_head(student_chunk) / temperature
-        with torch.no_grad():
-            log_probs = F.log_softmax(student_logits.float(), -1)  # (n, V)
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-        return (divergence(student_logits, teacher_logits, kind, beta, correct_chunk), entropy,
-            log_probs.gather(1, ids_chunk[:, None])[:, 0])
+        measured = entropy_and_log_prob(student_logits, ids_chunk)
+        return (divergence(student_logits, teacher_logits, kind, beta, correct_chunk), *measured)
 
     return in_chunks(of_chunk, student_head.out_features, student_hidden, teacher_hidden, ids,
         is_correct)
+
+
+@torch.no_grad()
+def entropy_and_log_prob(logits, ids):
+    """At each position, (N, V), (N,) -> (N,) each. What it holds is gone before `divergence`."""
+    log_probs = F.log_softmax(logits.float(), -1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return entropy, log_probs.gather(1, ids[:, None])[:, 0]
 
 
 def teacher_length(rollout):
@@ -227,10 +232,9 @@ def other_problem(problem, batch):
     """For the controls: the next problem of the batch whose answer differs from this one's. If all
     are equal, one without a solution, whose answer is 0 or 1."""
     start = next(i for i, p in enumerate(batch) if p is problem)
-    others = batch[start:] + batch[:start] + [Problem("", "0"), Problem("", "1")]
-    same = once(verify_batch, [f"\\boxed{{{other.answer}}}" for other in others],
-        [problem.answer] * len(others))
-    return others[same.index(False)]
+    for other in batch[start + 1 :] + batch[:start] + [Problem("", "0"), Problem("", "1")]:
+        if not once(verify_batch, [f"\\boxed{{{other.answer}}}"], [problem.answer])[0]:
+            return other
 
 
 def teacher_prompt(tokenizer, rollout, siblings, batch, args):
@@ -269,13 +273,14 @@ def teacher_prompt_length(tokenizer, problem, args):
 def sample_rollouts(sampler, problems, state, args):
     """-> all rollouts, with what the teacher reads of each, and those that are kept.
 
-    With --match-budget, batches are added until batch_size * group_size are kept. Moves
-    state["cursor"], the position in the data, which seeds the sampler too.
+    With --match-budget, batches are added until batch_size * group_size are kept. As many as that
+    should take are sampled in one call: a sampler likes many rows. Moves state["cursor"], the
+    position in the data, which seeds the sampler too, and state["kept_frac"].
     """
     rollouts, kept = [], []
     budget = args.batch_size * args.group_size
     left = 1 + (args.max_refills if args.match_budget else 0)  # batches that may be sampled
-    at_once = 1
+    at_once = min(left, math.ceil(1 / state["kept_frac"]))
     while left and len(kept) < budget:
         batch = draw(problems, state["cursor"], at_once * args.batch_size, args.seed)
         prompts = [render_prompt(sampler.tokenizer, p, thinking=args.thinking) for p in batch]
@@ -291,8 +296,8 @@ def sample_rollouts(sampler, problems, state, args):
                 sampler.tokenizer, rollout, siblings, batch, args)
             if rollout.teacher_prompt_ids is not None and is_kept(rollout, args):
                 kept.append(rollout)
-        # What is missing, at the rate so far, in one call: a sampler likes many rows.
-        batches_needed = (budget - len(kept)) * len(rollouts) / budget / max(1, len(kept))
+        state["kept_frac"] = max(1, len(kept)) / len(rollouts)
+        batches_needed = (budget - len(kept)) / state["kept_frac"] / budget
         at_once = min(left, math.ceil(batches_needed))
     return rollouts, kept[:budget]
 
@@ -407,6 +412,7 @@ def run(args):
     state = start_run(args, student, tokenizer, optimizer)
     state.setdefault("skipped", 0)  # steps in which nothing was kept
     state.setdefault("short", 0)  # steps in which --match-budget was not met
+    state.setdefault("kept_frac", 1.0)  # of the rollouts of the step before
 
     # The teacher: the weights of step 0, which are those of --init. A teacher that moves is saved.
     teacher = load_initial(args, state)

@@ -12,10 +12,10 @@ What is easy to get wrong, and where it is done: EOS is part of y, or the model 
 (`build_example`). N is counted before the split into micro-batches, or the gradient depends on it
 (`accumulate_gradients`). The prompt is rendered as for sampling (`rollout.render_prompt`).
 
-The built-in world has a writer who slips and checks (`demonstrate_arithmetic`). A share of the
-demonstrations, --privileged-frac, is written with the solution in the prompt, in exactly the words
-that opsd.py's teacher will read, and is right and brief. So a new model learns what a pretrained
-one knows already: whoever holds the solution can follow it, and need not check.
+The built-in world has a writer who slips and checks (`demonstrate_arithmetic`). For a share of the
+demonstrations, --privileged-frac, the writer is told something (CONTEXTS), in exactly the words
+that opsd.py's teacher will read, and is brief. So a new model learns what a pretrained one knows
+already: whoever holds the solution can follow it, and need not check.
 
 Left out: packing examples into one row (batches of like length waste little), LoRA.
 """
@@ -49,7 +49,7 @@ def get_args():
     add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
         "name:config, name:config:split, or a folder; default: what --init was trained on")
     add("--privileged-frac", type=share, default=0.25,
-        help="share of demonstrations with the solution in the prompt")
+        help="share of demonstrations after a prompt of opsd.py's teacher, of each context alike")
     add("--steps", type=positive, default=2000, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="demonstrations a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
@@ -153,7 +153,7 @@ def demonstration_prompt(tokenizer, problem, context, args):
     shown = problem.answer if context == "answer" else problem.solution
     if context == "rollout":
         response = render_response(problem.solution, problem.answer, args.thinking)
-        context, shown = "solution", response.rpartition("</think>")[2]
+        context, shown = "solution", response.rpartition("</think>")[2].strip()
     return render_prompt(tokenizer, problem, context, shown, args.thinking)
 
 
@@ -174,10 +174,11 @@ def build_example(tokenizer, problem, rng, args):
 
 def demonstration_length(tokenizer, problem, args):
     """Tokens of the longest demonstration of this problem, prompt and response."""
-    context = "solution" if args.privileged_frac else None
-    prompt_ids = render_prompt(tokenizer, problem, context, problem.solution, args.thinking)
+    contexts = CONTEXTS if args.privileged_frac else [None]
+    prompts = [demonstration_prompt(tokenizer, problem, context, args) for context in contexts]
     response = render_response(problem.solution, problem.answer, args.thinking)
-    return len(prompt_ids) + len(tokenizer.encode(response, add_special_tokens=False)) + 1
+    response_ids = tokenizer.encode(response, add_special_tokens=False)
+    return max(map(len, prompts)) + len(response_ids) + 1
 
 
 def draw_batches(window, model, tokenizer, problems, args):

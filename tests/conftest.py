@@ -144,7 +144,7 @@ def problems():
 def tokenizer():
     rng = random.Random(4)
     made = [rollout.make_arithmetic(rng) for _ in range(300)]
-    texts = [p.problem + sft.demonstrate_arithmetic(p, rng, privileged=False) for p in made]
+    texts = [p.problem + sft.demonstrate_arithmetic(p, rng) for p in made]
     return sft.make_tokenizer(
         texts + [rollout.INSTRUCTION, rollout.PRIVILEGED["solution"]], vocab_size=384
     )

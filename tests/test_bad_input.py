@@ -417,7 +417,8 @@ def test_reward_that_is_none(base, reward, says):
 
 CANNOT_WORK = [(rlvr, "--temperature 0"), (opsd, "--temperature nan"), (rlvr, "--refill -1"), (sft, "--lr -1"),
     (sft, "--privileged-frac 1.5"), (opsd, "--ema-decay 2"), (rlvr, "--lr inf"), (opsd, "--seed -1"),
-    (sft, "--seed 4294967296"), (rlvr, "--no-such-flag"), (rlvr, "--warmup-steps -3")]
+    (sft, "--seed 4294967296"), (rlvr, "--no-such-flag"), (rlvr, "--warmup-steps -3"),
+    (opsd, "--token-clip 0"), (opsd, "--token-clip -1")]
 
 
 @pytest.mark.parametrize("stage, flags", CANNOT_WORK)

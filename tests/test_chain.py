@@ -407,10 +407,12 @@ def test_step_with_nothing_to_learn_from(base, stage, monkeypatch):
         "--context rollout --group-size 4",
         "--context concise",
         "--context wrong-answer",
+        "--context other-solution",
         "--teacher refresh --refresh-every 1",
         "--teacher ema --ema-decay 0.5",
         "--micro-batch-size 1 --temperature 0.7",
         "--truncated drop --max-new-tokens 22",
+        "--token-clip 0.01",
     ],
 )
 def test_opsd_options(base, luck, flags):

@@ -133,21 +133,24 @@ def test_teacher_and_student_meet_at_the_same_token(model, teacher, rollouts, ar
     prompts differ in width: a loss that falls and teaches nothing. Here each row is computed alone, EOS
     included."""
     args = args_of(opsd, "--divergence", kind, "--beta", beta, "--temperature", 0.7)
-    got = opsd.token_divergence(model, teacher, rollouts, args)
+    got = opsd.token_values(model, teacher, rollouts, args)
     expected = []
     for r, prompt in zip(rollouts, TEACHER_PROMPTS):
         s = full_log_probs(model, r.prompt_ids, r.response_ids, 0.7)
         t = full_log_probs(teacher, prompt, r.response_ids, 0.7)
-        expected.append(plain_divergence(s, t, kind, beta, torch.tensor(r.label == "correct")))
-    assert len(got) == sum(len(r.response_ids) for r in rollouts)
-    torch.testing.assert_close(got, torch.cat(expected).float(), rtol=1e-4, atol=1e-4)
+        divergences = plain_divergence(s, t, kind, beta, torch.tensor(r.label == "correct"))
+        log_probs = s[range(len(r.response_ids)), r.response_ids]
+        expected.append(torch.stack([divergences.float(), -(s.exp() * s).sum(-1), log_probs]))
+    assert all(len(values) == sum(len(r.response_ids) for r in rollouts) for values in got)
+    torch.testing.assert_close(torch.stack(got), torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+    assert [values.requires_grad for values in got] == [True, False, False]
 
 
 def test_a_teacher_who_reads_the_same_says_the_same(any_model, rollouts, args_of):
     """Same weights, same prompts: any divergence left is a mistake of position, mask or padding."""
     for r in rollouts:
         r.teacher_prompt_ids = r.prompt_ids
-    got = opsd.token_divergence(any_model, copy.deepcopy(any_model), rollouts, args_of(opsd))
+    got, _, _ = opsd.token_values(any_model, copy.deepcopy(any_model), rollouts, args_of(opsd))
     assert got.abs().max() < 1e-9
 
 
@@ -165,20 +168,61 @@ def test_loss_and_gradient_are_those_of_the_formula(model, teacher, rollouts, ar
     got = opsd.accumulate_gradients(model, teacher, rollouts, args)
     assert got == pytest.approx(loss.item(), abs=1e-5)
     assert_same_gradient(take_gradient(model), expected)
-    assert all(r.divergences.shape == (len(r.response_ids),) for r in rollouts)
-    assert sum(r.divergences.mean().item() for r in rollouts) / 8 == pytest.approx(got, abs=1e-5)
+    assert all(r.token_values.shape == (3, len(r.response_ids)) for r in rollouts)
+    assert sum(r.token_values[0].mean().item() for r in rollouts) / 8 == pytest.approx(got, abs=1e-5)
 
 
 def test_without_a_gradient_it_only_measures(model, teacher, rollouts, args_of):
     """opsd.py measures rollouts that it does not train on: a gradient that they leave behind would train on them."""
     args = args_of(opsd, "--micro-batch-size", 3)
     loss = opsd.accumulate_gradients(model, teacher, rollouts, args)
-    expected = [r.divergences for r in rollouts]
+    expected = [r.token_values for r in rollouts]
     take_gradient(model)
     with torch.no_grad():
         assert opsd.accumulate_gradients(model, teacher, rollouts, args) == pytest.approx(loss, abs=1e-6)
-    assert all(torch.allclose(r.divergences, e, atol=1e-6) for r, e in zip(rollouts, expected))
+    assert all(torch.allclose(r.token_values, e, atol=1e-6) for r, e in zip(rollouts, expected))
     assert not take_gradient(model).any()
+
+
+def test_token_clip_counts_a_token_no_more_than_the_cap(model, teacher, rollouts, args_of):
+    """Clipped before the sum over the vocabulary it is no divergence; clipped in the log, nobody sees what was
+    clipped. L = mean over rollouts of 1/|y| sum_t min(KL_t, cap), and what is measured is KL_t."""
+    args = args_of(opsd, "--micro-batch-size", 3)
+    opsd.accumulate_gradients(model, teacher, rollouts, args)
+    take_gradient(model)
+    measured = [r.token_values for r in rollouts]
+    args.token_clip = torch.cat(measured, 1)[0].median().item() + 1e-4  # half of the tokens are above
+    loss = 0
+    for r, prompt in zip(rollouts, TEACHER_PROMPTS):
+        s = full_log_probs(model, r.prompt_ids, r.response_ids)
+        t = full_log_probs(teacher, prompt, r.response_ids).detach()
+        for value in plain_divergence(s, t, "reverse", 0.5, torch.tensor(True)):
+            counted = value if value < args.token_clip else args.token_clip  # a number: no gradient
+            loss = loss + counted / len(r.response_ids) / 8
+    loss.backward()
+    expected = take_gradient(model)
+    assert opsd.accumulate_gradients(model, teacher, rollouts, args) == pytest.approx(loss.item(), abs=1e-5)
+    assert_same_gradient(take_gradient(model), expected)
+    assert all(torch.allclose(r.token_values, m, atol=1e-6) for r, m in zip(rollouts, measured))
+
+
+def test_a_token_above_the_cap_has_no_gradient(model, teacher, rollouts, args_of):
+    """Scaled down to the cap instead of cut off, a token would go on pulling. All are above it here."""
+    args = args_of(opsd, "--token-clip", 1e-6)
+    assert opsd.accumulate_gradients(model, teacher, rollouts, args) == pytest.approx(1e-6)
+    assert min(r.token_values[0].min() for r in rollouts) > 1e-6 and not take_gradient(model).any()
+
+
+def test_without_a_cap_or_below_it_not_a_bit_differs(model, teacher, rollouts, args_of):
+    """A flag that is off, or never met, must leave the paper's loss: the mean as it stands, bit for bit."""
+    longest_first = sorted(rollouts, key=opsd.teacher_length, reverse=True)  # as in a micro-batch
+    values = opsd.token_values(model, teacher, longest_first, args_of(opsd))[0]
+    loss = sum(v.sum() / len(v) for v in values.split([len(r.response_ids) for r in longest_first])) / 8
+    loss.backward()
+    expected = take_gradient(model)
+    for flags in ([], ["--token-clip", 1e6]):
+        assert opsd.accumulate_gradients(model, teacher, rollouts, args_of(opsd, *flags)) == loss.item()
+        assert torch.equal(take_gradient(model), expected)
 
 
 @pytest.mark.parametrize("kind, beta", KINDS)
@@ -225,9 +269,13 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch, kind, beta, token
     teacher_logits = teacher_head(teacher_hidden).detach()
     plain = opsd.divergence(head(hidden) / 0.7, teacher_logits / 0.7, kind, beta, is_correct)
     expected = torch.autograd.grad((plain * weights).sum(), [hidden, *head.parameters()])
+    log_probs, ids = (head(hidden) / 0.7).log_softmax(-1), torch.arange(31) % VOCAB
     monkeypatch.setattr(rollout, "MAX_LOGITS", tokens_a_chunk * VOCAB)
-    chunked = opsd.chunked_divergence(hidden, teacher_hidden, head, teacher_head, is_correct, kind, beta, 0.7)
+    chunked, entropies, log_probs_of_ids = opsd.chunked_values(
+        hidden, teacher_hidden, head, teacher_head, ids, is_correct, kind, beta, 0.7)  # fmt: skip
     torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropies, -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_probs_of_ids, log_probs[range(31), ids], rtol=1e-4, atol=1e-5)
     (chunked * weights).sum().backward()
     got = (hidden.grad, *(p.grad for p in head.parameters()))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -238,16 +286,55 @@ def test_what_is_measured_by_label_and_position():
     """The paper finds the divergence at the front: thirds of the padded width would find it there anyway.
 
     Correct: 6 5 | 4 3 | 2 1, mean 3.5. Truncated: 9 | 8 | 7, mean 8. Thirds: 20/3, 15/3, 10/3.
+    Entropies: 3 of 6 are above half a nat, sum 3; and 1 of 3, sum 1.2. A mean of two responses' shares would
+    be another one: 1/2 and 1 of the correct, 3 of 6 and 1 of 1, is 3/4, and of tokens 4/7.
     """
+    values = lambda *rows: torch.tensor([[*map(float, row)] for row in rows])  # noqa: E731
+    entropies, log_probs = [0.6, 0, 0.9, 0.49, 1, 0.01], [-1] * 6
     measured = [
-        Rollout([], [], [], True, label="correct", divergences=torch.tensor([6.0, 5, 4, 3, 2, 1])),
-        Rollout([], [], [], False, label="truncated", divergences=torch.tensor([9.0, 8, 7])),
+        Rollout([], [], [], True, label="correct", token_values=values(range(6, 0, -1), entropies, log_probs)),
+        Rollout([], [], [], False, label="truncated", token_values=values([9, 8, 7], [0.1, 0.2, 0.9], [-2] * 3)),
         Rollout([], [], [], False, label="incorrect"),  # not measured
     ]
-    assert opsd.by_label_and_position(measured) == pytest.approx({
+    expected = {
         "distill/kl_correct": 3.5, "distill/kl_truncated": 8.0,
         "distill/kl_first": 20 / 3, "distill/kl_middle": 5.0, "distill/kl_last": 10 / 3,
-    })  # fmt: skip
+        "distill/entropy_correct": 0.5, "distill/entropy_truncated": 0.4,
+        "distill/forks_correct": 1 / 2, "distill/forks_truncated": 1 / 3,
+    }  # fmt: skip
+    assert opsd.summarize_tokens(measured) == pytest.approx(expected)
+    measured.append(Rollout([], [], [], True, label="correct", token_values=values([0], [2], [-1])))
+    assert opsd.summarize_tokens(measured)["distill/forks_correct"] == pytest.approx(4 / 7)
+    assert opsd.summarize_tokens([]) == {}
+
+
+def test_entropy_and_log_prob_by_hand():
+    """Of the student and not of the teacher, in nats and not in bits, at the temperature of the sampler.
+
+    S = 1/2 1/4 1/4: entropy .5 ln 2 + .5 ln 4 = 1.5 ln 2 = 1.0397208, and ln(1/4) = -1.3862944 of the second. The
+    second position is certain of the first token: entropy 0, log-prob 0. Logits at temperature 1/2 are half as large.
+    """
+    head = torch.nn.Linear(3, 3, bias=False)
+    torch.nn.init.eye_(head.weight)
+    logits = torch.tensor([[math.log(2), 0, 0], [100, 0, 0]])
+    teacher, ids = torch.tensor([[0.0, 5, 9], [0, 7, 0]]), torch.tensor([1, 0])
+    _, entropies, log_probs = opsd.chunked_values(
+        logits / 2, teacher, head, head, ids, torch.tensor([True, False]), "reverse", 0.5, temperature=0.5)
+    assert entropies.tolist() == pytest.approx([1.0397208, 0], abs=1e-6)
+    assert log_probs.tolist() == pytest.approx([-1.3862944, 0], abs=1e-6)
+
+
+def test_the_samplers_mismatch_by_hand():
+    """The check that sampler and trainer are one model. Read off what the training pass measured, it must still be the
+    sampler's log-probs against the student's: a row of entropies, or the sampler's own, would pass or fail for ever.
+
+    The student gives one token of three half of what the sampler gave: k3 = 1/2 - 1 + ln 2 = .1931472, a third of it.
+    """
+    student = [torch.tensor([[9.0, 9], [5, 5], [-1, -1 - math.log(2)]]), torch.tensor([[9.0], [5], [-3]])]
+    said = [Rollout([1], [2, 3], [-1.0, -1], True, token_values=student[0]),
+        Rollout([1], [2], [-3.0], True, token_values=student[1])]  # fmt: skip
+    assert opsd.sampler_mismatch(said) == pytest.approx(0.1931472 / 3, abs=1e-6)
+    assert opsd.sampler_mismatch(said[1:]) == pytest.approx(0, abs=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,23 +392,73 @@ def test_only_correct_keeps_the_correct_ones_with_their_own_prompts(tokenizer, a
 def test_match_budget_samples_until_the_budget_is_met(tokenizer, args_of):
     """Arms that keep different numbers of rollouts differ in batch size too, and cannot be compared.
 
-    Four of the 8 problems are answered right. Without the flag, one batch of 4 gives what it gives; with it
-    both batches give their 4, with other luck; a hopeless model ends after 1 + --max-refills batches.
+    Four of the 8 problems are answered right, one of them in the first batch of 4. Without the flag, this is what
+    there is; with it three more batches give the rest, with other luck. A hopeless model ends after
+    1 + --max-refills batches.
     """
     script = lambda text, j, call: box(gold(text) if gold(text) % 2 else 99)  # noqa: E731
     flags = ["--only-correct", "--batch-size", 4]
-    for more, batches in [([], 1), (["--match-budget"], 2)]:
+    for more, calls, batches in [([], 1, 1), (["--match-budget"], 2, 4)]:
         sampler, state = scripted_sampler(tokenizer, script), {"cursor": 0}
         everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, state, args_of(opsd, *flags, *more))
-        assert len(sampler.calls) == batches and len(everything) == state["cursor"] == 4 * batches
+        assert len(sampler.calls) == calls and len(everything) == state["cursor"] == 4 * batches
         assert all(r.label == "correct" for r in kept)
-        assert len(kept) == (4 if more else sum(int(r.problem.answer) % 2 for r in everything))
+        assert len(kept) == (4 if more else 1)
     assert sampler.calls[0].seed != sampler.calls[1].seed
     assert len({r.problem.answer for r in kept}) == 4
     hopeless = scripted_sampler(tokenizer, lambda text, j, call: box(99))
     args = args_of(opsd, *flags, "--match-budget", "--max-refills", 3)
     everything, kept = opsd.sample_rollouts(hopeless, PROBLEMS, {"cursor": 0}, args)
-    assert len(hopeless.calls) == 4 and len(everything) == 16 and kept == []
+    assert [len(call.prompts) for call in hopeless.calls] == [4, 12] and len(everything) == 16 and kept == []
+
+
+MANY = [Problem(f"What is {n}?", str(n), f"It is {n}, clearly.") for n in range(50)]
+
+
+def test_refills_are_drawn_several_batches_at_once(tokenizer, args_of):
+    """A batch at a time, an arm that keeps one in ten samples ten times in a row with a few rows each.
+
+    1 of the first 4 is right: 3 more, at that rate, are 3 batches. They come in one call. All are right then, and of
+    the 13 the first 4 that were drawn are kept. Of 8, with 2 to a prompt, 2 right ones: 6 more are 3 batches, too.
+    """
+    first = rollout.draw(MANY, 0, 4, 0)[0].problem
+    for group_size in (1, 2):
+        sampler = scripted_sampler(
+            tokenizer, lambda text, j, call: box(gold(text) if call or text == first else 99))
+        args = args_of(opsd, "--only-correct", "--match-budget", "--batch-size", 4, "--group-size", group_size)
+        state = {"cursor": 0}
+        everything, kept = opsd.sample_rollouts(sampler, MANY, state, args)
+        assert [len(call.prompts) for call in sampler.calls] == [4, 12] and state["cursor"] == 16
+        assert len(everything) == 16 * group_size and len(kept) == 4 * group_size
+        right = [r for r in everything if r.label == "correct"]
+        assert len(right) == 13 * group_size and all(r is s for r, s in zip(kept, right))
+        for r, problem in zip(everything[::group_size], rollout.draw(MANY, 0, 16, 0), strict=True):
+            assert r.problem is problem and problem.solution in tokenizer.decode(r.teacher_prompt_ids)
+
+
+@pytest.mark.parametrize("one_in", [1, 2, 3, 7, 25, 1000])
+def test_refills_skip_no_problem_and_end(tokenizer, args_of, one_in):
+    """Refills that start past what was drawn, or count their batches wrong, leave problems out and hide it: step after
+    step, what was asked is the stream of `draw`, whole and in order, whatever the rate. The budget is met to the
+    rollout, or all refills were used, never one more."""
+    sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text) if gold(text) % one_in == 0 else 99))
+    args = args_of(opsd, "--only-correct", "--match-budget", "--batch-size", 4, "--max-refills", 9)
+    state, asked, short = {"cursor": 0}, [], 0
+    for _ in range(5):
+        before, calls = state["cursor"], len(sampler.calls)
+        everything, kept = opsd.sample_rollouts(sampler, MANY, state, args)
+        sizes = [len(call.prompts) for call in sampler.calls[calls:]]
+        asked += [prompt for call in sampler.calls[calls:] for prompt in call.prompts]
+        assert sizes[0] == 4 and all(size % 4 == 0 for size in sizes)
+        assert sum(sizes) == len(everything) == state["cursor"] - before <= 40
+        assert all(r.label == "correct" for r in kept)
+        assert len(kept) == 4 or len(kept) < 4 and sum(sizes) == 40
+        short += len(kept) < 4
+    stream = rollout.draw(MANY, 0, state["cursor"], args.seed)
+    assert asked == [rollout.render_prompt(tokenizer, problem) for problem in stream]
+    assert short == (5 if one_in >= 25 else 0)
+    seeds = [call.seed for call in sampler.calls]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_match_budget_never_exceeds_the_budget(tokenizer, args_of):
@@ -391,6 +528,36 @@ def test_a_wrong_answer_is_not_the_gold_in_other_words(tokenizer, args_of):
     for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
         shown = tokenizer.decode(r.teacher_prompt_ids).split("The correct answer: ")[1].split("\n")[0]
         assert not verify(f"\\boxed{{{shown}}}", r.problem.answer)
+
+
+def test_another_problems_solution_is_shown_whole_and_is_not_the_gold(tokenizer, args_of):
+    """A control that sometimes shows the problem's own solution, or one that ends in the same answer, controls for
+    nothing: 0 and 1, 2 and 3 and so on have one answer here, said in two ways."""
+    said = [f"{n // 2}.0" if n % 2 else str(n // 2) for n in range(8)]
+    problems = [Problem(f"What is {n}?", said[n], f"Number {n} it is.") for n in range(8)]
+    args = args_of(opsd, "--context", "other-solution", "--batch-size", 8)
+    sources = []
+    for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), problems):
+        text = tokenizer.decode(r.teacher_prompt_ids)
+        shown = int(text.split("A correct solution: Number ")[1].split(" it is.\n")[0])
+        assert text.startswith(f"<|user|>{r.problem.problem}") and text.count("it is.") == 1
+        assert shown // 2 != problems.index(r.problem) // 2
+        sources.append(shown)
+    assert len(set(sources)) > 4  # of the next one in the batch, not of one for all
+    same = [Problem("What is 1?", "5", "Five it is."), Problem("What is 2?", "5.0", "Five it is.")]
+    args = args_of(opsd, "--context", "other-solution", "--batch-size", 2)
+    for r in teacher_prompts(tokenizer, args, lambda text, j, call: box(99), same):
+        assert "A correct solution: \n" in tokenizer.decode(r.teacher_prompt_ids)
+
+
+def test_another_problem_is_found_at_once(tokenizer, args_of, monkeypatch):
+    """A verdict takes milliseconds. Each problem compared with its whole batch, forty refills in one call were an
+    hour of verdicts: here 50 problems with an answer each take 50."""
+    asked, verify_batch = [], opsd.verify_batch
+    monkeypatch.setattr(opsd, "verify_batch", lambda texts, golds: asked.extend(texts) or verify_batch(texts, golds))
+    args = args_of(opsd, "--context", "other-solution", "--batch-size", 50)
+    teacher_prompts(tokenizer, args, lambda text, j, call: box(99), MANY)
+    assert len(asked) == 50
 
 
 def test_a_rollout_is_shown_a_correct_sibling_and_never_itself(tokenizer, args_of):
@@ -531,3 +698,15 @@ def test_the_teacher_in_a_run(run_opsd, monkeypatch, mode):
     torch.testing.assert_close(second.teacher, expected[mode], rtol=0, atol=1e-6 if mode == "ema" else 0)
     assert all(math.isfinite(row["distill/kl"]) and row["distill/kl"] > 0 for row in rows)
     assert not all(torch.equal(start[key], end[key]) for key in start)
+
+
+def test_a_cap_is_in_the_loss_and_not_in_what_is_measured(run_opsd):
+    """distill/kl is the loss, so it has the cap in it; distill/kl_* say how far apart the two are, with a cap or
+    without. Clipped as well, they would fall the moment that the flag is given."""
+    _, _, plain = run_opsd()
+    cap = plain[0]["distill/kl"] / 2
+    _, _, capped = run_opsd("--token-clip", cap, "--overwrite")
+    assert 0 < capped[0]["distill/kl"] <= cap < plain[0]["distill/kl"]
+    measured = [key for key in plain[0] if key.startswith(("distill/kl_", "distill/entropy_", "distill/forks_"))]
+    assert {"distill/kl_first", "distill/kl_last"} < set(measured)
+    assert all(capped[0][key] == plain[0][key] for key in measured)

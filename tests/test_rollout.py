@@ -63,34 +63,60 @@ def test_the_world_is_the_same_in_every_process(world, write_jsonl):
         assert [p.problem for p in train] == [n for n in order if n not in held]
 
 
-def test_demonstrations_end_in_a_box_and_the_privileged_ones_are_right():
-    """The privileged share is what makes a teacher worth listening to: a single wrong one teaches it to
-    ignore the solution it is shown. The ordinary ones must be fallible and longer, or there is nothing left
-    to improve."""
-    rng = random.Random(13)
-    right, length = {True: 0, False: 0}, {True: 0, False: 0}
-    for _ in range(400):
-        problem = rollout.make_arithmetic(rng)
-        for privileged in (True, False):
-            text = sft.demonstrate_arithmetic(problem, rng, privileged)
-            assert re.fullmatch(r"<think>[^<>]+</think>\\boxed\{\d+\}", text)
-            right[privileged] += verify(text, problem.answer)
-            length[privileged] += len(text)
-    assert right[True] == 400
-    assert 200 < right[False] < 380
-    assert length[True] < 0.8 * length[False]
+def read_demonstration(text):
+    """-> steps, slips, checks, the chain's last value after checks, what is in the box."""
+    steps = re.findall(r"(-?\d+[-+*]\d+)=(-?\d+)\.", text)  # a check has no full stop after its number
+    slips = sum(eval(left) != int(result) for left, result in steps)
+    checks = re.findall(r"Wait, (-?\d+[-+*]\d+)=(-?\d+) (?:ok|no)\.", text)
+    assert all(eval(left) == int(result) for left, result in checks)
+    last = re.findall(r"=(-?\d+)[ .]", text)[-1]
+    return len(steps), slips, len(checks), last, re.search(r"\\boxed\{(-?\d+)\}$", text)[1]
 
 
-def test_without_thinking_nobody_checks():
-    """The short world: the same slips, no checks, no tags (the prompt's template has opened and closed them)."""
-    rng, right = random.Random(13), {True: 0, False: 0}
+@pytest.mark.parametrize("think", [True, False])
+@pytest.mark.parametrize("context", [None, *sft.CONTEXTS])
+def test_what_a_writer_is_told_decides_slips_checks_and_box(context, think):
+    """Each context teaches opsd.py's teacher what it is worth. Who has a solution, or what another wrote, is never
+    wrong: a single slip there teaches it to ignore what it is shown. Who has the answer alone slips as everyone
+    does, and yet the box is right. Who is told to be concise is wrong more often than who checks. The ordinary writer
+    must be fallible and long, or there is nothing left to improve. Without thinking nobody checks.
+
+    A check at a rate of 1/2, again and again, is 1 for each result; at 1/20 it is 1/19 = 0.053.
+    """
+    rng, seen, right, box_of_another = random.Random(13), [0, 0, 0], 0, 0
     for _ in range(400):
         problem = rollout.make_arithmetic(rng)
-        for privileged in (True, False):
-            text = sft.demonstrate_arithmetic(problem, rng, privileged, think=False)
-            assert re.fullmatch(r"(\d+[-+*]\d+=\d+\. )+\\boxed\{\d+\}", text)
-            right[privileged] += verify(text, problem.answer)
-    assert right[True] == 400 and 160 < right[False] < 320  # 0.85 to the power of 2 to 5: 0.57
+        text = sft.demonstrate_arithmetic(problem, rng, context, think)
+        form = r"<think>[^<>]+</think>" if think else r"(-?\d+[-+*]\d+=-?\d+\. )+"  # a slip may lead below 0
+        assert re.fullmatch(form + r"\\boxed\{-?\d+\}", text)
+        *counts, last, box = read_demonstration(text)
+        seen = [a + b for a, b in zip(seen, counts)]
+        right += verify(text, problem.answer)
+        box_of_another += box != last
+    steps, slips, checks = seen
+    if context in ("solution", "rollout"):
+        assert slips == 0 and right == 400
+    else:
+        assert 0.12 < slips / steps < 0.17
+    if not think:
+        assert checks == 0
+    else:
+        assert (0.9 < checks / steps < 1.1) if context is None else (0.03 < checks / steps < 0.08)
+    if context == "answer":
+        assert right == 400 and box_of_another > 80
+    else:
+        assert box_of_another == 0
+    if context in (None, "concise"):  # 0.85 to the power of 2 to 5 is 0.57; half of the slips are mended, or few
+        low, high = (280, 340) if context is None and think else (190, 270)
+        assert low < right < high
+
+
+@pytest.mark.parametrize("context", sft.CONTEXTS)
+def test_who_is_told_anything_is_brief(context):
+    """What opsd.py's teacher has to give is short thinking: its demonstrations are, whatever it is told."""
+    problems = [rollout.make_arithmetic(random.Random(i)) for i in range(200)]
+    length = lambda told: sum(len(sft.demonstrate_arithmetic(p, random.Random(0), told)) for p in problems)  # noqa: E731
+    assert length(context) < 0.8 * length(None)
 
 
 # ------------------------------------------------------------------------------------------------------------

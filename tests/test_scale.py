@@ -128,19 +128,19 @@ def gradient(stage, tied, checkpointing, micro_batch_size, average=False):
         part.set_gradient_divide_factor(float(dist.get_world_size()))
     args = SimpleNamespace(micro_batch_size=micro_batch_size, loss_normalization="token", max_new_tokens=7,
         temperature=0.8, clip_low=0.2, clip_high=0.28, ratio_cap=3.0, kl_coef=0.1,
-        divergence="reverse", beta=0.5)  # fmt: skip
-    rollouts, divergences = make_rollouts(), []
+        divergence="reverse", beta=0.5, token_clip=None)  # fmt: skip
+    rollouts, measured = make_rollouts(), []
     if stage == "sft":
         metrics = {"loss": sft.accumulate_gradients(model, rollouts, micro_batch_size)}
     elif stage == "rlvr":
         metrics = rlvr.accumulate_gradients(model, other, rollouts, args)
     else:
         metrics = {"loss": opsd.accumulate_gradients(model, other, rollouts, args)}
-        divergences = [r.divergences for r in rollouts]
+        measured = [r.token_values for r in rollouts]
     whole = lambda x: (x.full_tensor() if isinstance(x, DTensor) else x).clone()  # noqa: E731
     rollout.reshard(model)
     gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
-    return metrics, gradients, rollout.clip_gradients(model, 0.1), divergences
+    return metrics, gradients, rollout.clip_gradients(model, 0.1), measured
 
 
 def all_gradients(chunk):
@@ -177,8 +177,8 @@ def test_gradients_are_those_of_one_process(count, tmp_path, expected):
     assert len({result["chunks"] for result in results}) == count
     for result in results:
         for case in CASES:
-            metrics, gradients, norm, divergences = result[case]
-            metrics_of_one, gradients_of_one, norm_of_one, divergences_of_one = expected[case]
+            metrics, gradients, norm, measured = result[case]
+            metrics_of_one, gradients_of_one, norm_of_one, measured_of_one = expected[case]
             assert metrics == pytest.approx(metrics_of_one, abs=1e-6), case
             assert norm == pytest.approx(norm_of_one, rel=1e-6), case
             assert gradients.keys() == gradients_of_one.keys()
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_one_process(count, tmp_path, expected):
             assert largest > 1e-3
             for name, of_one in gradients_of_one.items():
                 assert (gradients[name] - of_one).abs().max() < 1e-6 * max(1, largest), (case, name)
-            for ours, theirs in zip(divergences, divergences_of_one, strict=True):
+            for ours, theirs in zip(measured, measured_of_one, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -125,24 +126,62 @@ def test_an_example_is_what_sampling_will_see(tokenizer, problems, args_of):
         assert response[:-1] == tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_the_privileged_prompt_is_the_one_opsds_teacher_reads(tokenizer, problems, args_of):
-    """Shown other words, the teacher has never learned to use what it is shown."""
-    args, opsd_args = args_of(sft, "--privileged-frac", 1), args_of(opsd, "--batch-size", len(problems))
-    sampler = scripted_sampler(tokenizer, lambda text, j, call: "\\boxed{1}")
-    everything, _ = opsd.sample_rollouts(sampler, problems, {"cursor": 0}, opsd_args)
+WRITTEN = [  # solutions of your own data: bare steps, and a whole response
+    rollout.Problem("1+1?", "2", "One and one."),
+    rollout.Problem("1+2?", "3", "<think>\nOne and two.\n</think>\n\nIt is \\boxed{3}"),
+]
+
+
+@pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
+@pytest.mark.parametrize("context", sft.CONTEXTS)
+def test_the_privileged_prompt_is_the_one_opsds_teacher_reads(tokenizer, problems, args_of, context, thinking):
+    """Shown other words, the teacher has never learned to use what it is shown: a blank line more, what another
+    thought along with what it said. With --context rollout the sibling answers as the demonstrations do."""
+    problems = problems + WRITTEN
+    group = ["--batch-size", len(problems), "--group-size", 2]
+    args, opsd_args = args_of(sft, thinking), args_of(opsd, "--context", context, thinking, *group)
+    of_text = {problem.problem: problem for problem in problems}
+
+    def write(text, j, call):
+        problem = of_text[text]
+        return sft.render_response(problem.solution, problem.answer, args.thinking)
+
+    everything, _ = opsd.sample_rollouts(
+        scripted_sampler(tokenizer, write), problems, {"cursor": 0}, opsd_args)
+    assert {r.problem.problem for r in everything} == set(of_text)
     for r in everything:
-        example = sft.build_example(tokenizer, r.problem, random.Random(0), args)
-        assert example.prompt_ids == r.teacher_prompt_ids != r.prompt_ids
+        prompt = sft.demonstration_prompt(tokenizer, r.problem, context, args)
+        assert tokenizer.decode(prompt) == tokenizer.decode(r.teacher_prompt_ids)
+        assert prompt == r.teacher_prompt_ids != r.prompt_ids
 
 
-def test_who_holds_the_solution_makes_no_slips(tokenizer, world, args_of):
-    """A privileged prompt before a response that slips teaches opsd.py's teacher to slip, solution in hand."""
-    slips = {}
-    for frac in (0, 1):
-        args = args_of(sft, "--privileged-frac", frac)
-        examples = [sft.build_example(tokenizer, p, random.Random(i), args) for i, p in enumerate(world[0][:100])]
-        slips[frac] = sum(" no." in tokenizer.decode(e.response_ids) for e in examples)
-    assert slips[0] > 10 and slips[1] == 0
+def test_an_example_is_of_one_context_prompt_and_response(tokenizer, problems, args_of, monkeypatch):
+    """A solution in the prompt before the response of a writer who had none teaches opsd.py's teacher to slip,
+    solution in hand. Each context comes as often as the others, and in --privileged-frac of all."""
+    monkeypatch.setattr(sft, "demonstrate_arithmetic", lambda problem, rng, context, think: str(context))
+    rng, args, seen = random.Random(0), args_of(sft, "--privileged-frac", 0.8), []
+    for i in range(500):
+        problem = problems[i % 6]
+        example = sft.build_example(tokenizer, problem, rng, args)
+        told = tokenizer.decode(example.response_ids, skip_special_tokens=True)
+        context = None if told == "None" else told
+        assert example.prompt_ids == sft.demonstration_prompt(tokenizer, problem, context, args)
+        seen.append(context)
+    assert set(seen) == {None, *sft.CONTEXTS}
+    assert all(75 < seen.count(context) < 125 for context in set(seen))  # a fifth of 500
+
+
+@pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
+def test_the_longest_of_all_contexts_must_fit(tokenizer, problems, args_of, thinking):
+    """What another wrote is longer than the solution by a box, an answer can be longer than its solution: measured
+    by the solution alone, a problem that was let in ends the run, hours later."""
+    args = args_of(sft, "--privileged-frac", 1, thinking)
+    short = rollout.Problem("Which?", "\\frac{123456789}{987654321}", "See there.")
+    for problem in [*problems, *WRITTEN, short]:
+        prompts = [sft.demonstration_prompt(tokenizer, problem, context, args) for context in sft.CONTEXTS]
+        response = sft.render_response(problem.solution, problem.answer, args.thinking)
+        tokens = max(map(len, prompts)) + len(tokenizer.encode(response, add_special_tokens=False)) + 1
+        assert sft.demonstration_length(tokenizer, problem, args) == tokens
 
 
 def test_without_thinking_an_example_has_neither_tag_nor_check(tokenizer, world, args_of):
@@ -251,3 +290,11 @@ def test_a_new_model_knows_its_tokenizers_special_tokens(args_of, world):
     assert rollout.HFSampler(model, tokenizer).stop_ids == {tokenizer.eos_token_id}
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.encode("<think></think>")}) == 4
+
+
+def test_a_new_models_tokenizer_has_the_words_of_every_prompt(args_of, world):
+    """A prompt spelled letter by letter is long, and slow to learn: each word that a teacher is told is a token."""
+    _, tokenizer = sft.new_model(world[0][:20], args_of(sft))
+    for told in rollout.PRIVILEGED.values():
+        for word in re.findall(r" [a-z]+", told + rollout.INSTRUCTION):
+            assert len(tokenizer.encode(word)) == 1, word

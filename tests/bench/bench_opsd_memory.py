@@ -58,15 +58,16 @@ def measure(args):
     student_hidden = torch.randn(args.tokens, args.hidden, device=args.device, requires_grad=True)
     teacher_hidden = torch.randn(args.tokens, args.hidden, device=args.device)
     is_correct = torch.arange(args.tokens, device=args.device) % 3 > 0
-    kind = {"kind": args.divergence, "beta": 0.5, "is_correct": is_correct}
+    ids = torch.arange(args.tokens, device=args.device) % args.vocab
     baseline, start = peak(args.device), time.time()
     if args.way == "chunked":
-        values = opsd.chunked_divergence(
-            student_hidden, teacher_hidden, student_head, teacher_head, **kind)
+        values, _, _ = opsd.chunked_values(student_hidden, teacher_hidden, student_head,
+            teacher_head, ids, is_correct, args.divergence, beta=0.5)
     else:
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_hidden)
-        values = opsd.divergence(student_head(student_hidden), teacher_logits, **kind)
+        values = opsd.divergence(student_head(student_hidden), teacher_logits, args.divergence,
+            beta=0.5, is_correct=is_correct)
     values.mean().backward()
     gradients = {"hidden gradient": student_hidden.grad, "head gradient": student_head.weight.grad}
     figures = {"risen": peak(args.device) - baseline, "seconds": time.time() - start}

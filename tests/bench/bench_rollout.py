@@ -35,7 +35,7 @@ def make_untrained(problems):
     samplers meet the same model.
     """
     rng = random.Random(0)
-    texts = [sft.demonstrate_arithmetic(p, rng, privileged=False) for p in problems]
+    texts = [sft.demonstrate_arithmetic(p, rng) for p in problems]
     asked = [p.problem + rollout.INSTRUCTION for p in problems]
     tokenizer = sft.make_tokenizer([*texts, *asked])
     model = sft.make_model(tokenizer, seed=0).eval()

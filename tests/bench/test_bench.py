@@ -96,8 +96,8 @@ def run_micro_batch(stage, model, teacher, tokens):
     prompt, response = [1] * 8, [2] * (tokens // 2 - 8)
     batch = [rollout.Rollout(prompt, response, [-1.0] * len(response), True, label="correct", advantage=1.0,
         teacher_prompt_ids=prompt) for _ in range(2)]  # fmt: skip
-    args = SimpleNamespace(micro_batch_size=2, temperature=1.0, divergence="reverse", beta=0.5, clip_low=0.2,
-        clip_high=0.2, ratio_cap=3.0, loss_normalization="token", max_new_tokens=tokens)
+    args = SimpleNamespace(micro_batch_size=2, temperature=1.0, divergence="reverse", beta=0.5, token_clip=None,
+        clip_low=0.2, clip_high=0.2, ratio_cap=3.0, loss_normalization="token", max_new_tokens=tokens)
     with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
         if stage is sft:
             sft.accumulate_gradients(model, batch, 2)
