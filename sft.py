@@ -48,9 +48,9 @@ def get_args():
     add("--out", default="ckpt/sft", help="the folder of this run: checkpoint, flags, logs")
     add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
         "name:config, name:config:split, or a folder; default: what --init was trained on")
-    add("--privileged-frac", type=share, default=0.25,
+    add("--privileged-frac", type=share, default=0.3,
         help="share of demonstrations after a prompt of opsd.py's teacher, of each context alike")
-    add("--steps", type=positive, default=2000, help="optimizer steps")
+    add("--steps", type=positive, default=2200, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="demonstrations a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
     add("--lr", type=not_negative, default=5e-3, help="learning rate of AdamW, at its peak")

@@ -377,7 +377,7 @@ def test_only_correct_keeps_the_correct_ones_with_their_own_prompts(tokenizer, a
     """A filter that is applied to rollouts and not to their prompts shifts every teacher by one."""
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text) if gold(text) % 2 else 99))
     args = args_of(opsd, "--only-correct", "--batch-size", 8)
-    state = {"cursor": 0}
+    state = {"cursor": 0, "kept_frac": 1.0}
     everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, state, args)
     assert len(everything) == 8 and state["cursor"] == 8 and len(sampler.calls) == 1
     assert {r.problem.answer for r in kept} == {"1", "3", "5", "7"}
@@ -399,7 +399,7 @@ def test_match_budget_samples_until_the_budget_is_met(tokenizer, args_of):
     script = lambda text, j, call: box(gold(text) if gold(text) % 2 else 99)  # noqa: E731
     flags = ["--only-correct", "--batch-size", 4]
     for more, calls, batches in [([], 1, 1), (["--match-budget"], 2, 4)]:
-        sampler, state = scripted_sampler(tokenizer, script), {"cursor": 0}
+        sampler, state = scripted_sampler(tokenizer, script), {"cursor": 0, "kept_frac": 1.0}
         everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, state, args_of(opsd, *flags, *more))
         assert len(sampler.calls) == calls and len(everything) == state["cursor"] == 4 * batches
         assert all(r.label == "correct" for r in kept)
@@ -408,7 +408,7 @@ def test_match_budget_samples_until_the_budget_is_met(tokenizer, args_of):
     assert len({r.problem.answer for r in kept}) == 4
     hopeless = scripted_sampler(tokenizer, lambda text, j, call: box(99))
     args = args_of(opsd, *flags, "--match-budget", "--max-refills", 3)
-    everything, kept = opsd.sample_rollouts(hopeless, PROBLEMS, {"cursor": 0}, args)
+    everything, kept = opsd.sample_rollouts(hopeless, PROBLEMS, {"cursor": 0, "kept_frac": 1.0}, args)
     assert [len(call.prompts) for call in hopeless.calls] == [4, 12] and len(everything) == 16 and kept == []
 
 
@@ -426,7 +426,7 @@ def test_refills_are_drawn_several_batches_at_once(tokenizer, args_of):
         sampler = scripted_sampler(
             tokenizer, lambda text, j, call: box(gold(text) if call or text == first else 99))
         args = args_of(opsd, "--only-correct", "--match-budget", "--batch-size", 4, "--group-size", group_size)
-        state = {"cursor": 0}
+        state = {"cursor": 0, "kept_frac": 1.0}
         everything, kept = opsd.sample_rollouts(sampler, MANY, state, args)
         assert [len(call.prompts) for call in sampler.calls] == [4, 12] and state["cursor"] == 16
         assert len(everything) == 16 * group_size and len(kept) == 4 * group_size
@@ -443,7 +443,7 @@ def test_refills_skip_no_problem_and_end(tokenizer, args_of, one_in):
     rollout, or all refills were used, never one more."""
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text) if gold(text) % one_in == 0 else 99))
     args = args_of(opsd, "--only-correct", "--match-budget", "--batch-size", 4, "--max-refills", 9)
-    state, asked, short = {"cursor": 0}, [], 0
+    state, asked, short = {"cursor": 0, "kept_frac": 1.0}, [], 0
     for _ in range(5):
         before, calls = state["cursor"], len(sampler.calls)
         everything, kept = opsd.sample_rollouts(sampler, MANY, state, args)
@@ -465,7 +465,7 @@ def test_match_budget_never_exceeds_the_budget(tokenizer, args_of):
     """Three of each four are right: the second batch has three to give, and one is taken."""
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text) if j else 99))
     args = args_of(opsd, "--only-correct", "--batch-size", 2, "--group-size", 4, "--match-budget")
-    everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args)
+    everything, kept = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0, "kept_frac": 1.0}, args)
     assert len(sampler.calls) == 2 and len(everything) == 16 and len(kept) == 8
     assert len({id(r) for r in kept}) == 8
 
@@ -475,7 +475,7 @@ def test_another_seed_has_other_problems_and_other_luck(tokenizer, args_of):
     calls = []
     for seed in (0, 1):
         sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text)))
-        opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args_of(opsd, "--batch-size", 4, "--seed", seed))
+        opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0, "kept_frac": 1.0}, args_of(opsd, "--batch-size", 4, "--seed", seed))
         calls += sampler.calls
     assert calls[0].prompts != calls[1].prompts and calls[0].seed != calls[1].seed
 
@@ -486,7 +486,7 @@ def test_another_seed_has_other_problems_and_other_luck(tokenizer, args_of):
 
 def teacher_prompts(tokenizer, args, script, problems=PROBLEMS):
     sampler = scripted_sampler(tokenizer, script)
-    return opsd.sample_rollouts(sampler, problems, {"cursor": 0}, args)[0]
+    return opsd.sample_rollouts(sampler, problems, {"cursor": 0, "kept_frac": 1.0}, args)[0]
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_a_rollout_is_shown_a_correct_sibling_and_never_itself(tokenizer, args_o
             text = tokenizer.decode(prompt)
             assert f"sibling {expected}: \\boxed{{{r.problem.answer}}}" in text and text.count("sibling") == 1
             assert "hidden" not in text and r.problem.problem in text
-    _, kept = opsd.sample_rollouts(scripted_sampler(tokenizer, script), PROBLEMS, {"cursor": 0}, args)
+    _, kept = opsd.sample_rollouts(scripted_sampler(tokenizer, script), PROBLEMS, {"cursor": 0, "kept_frac": 1.0}, args)
     assert len(kept) == 20 and all(r.teacher_prompt_ids is not None for r in kept)
 
 
@@ -596,11 +596,11 @@ def test_no_context_is_a_no_op(tokenizer, args_of, kind):
     args = args_of(opsd, "--context", "none", *flags)
     cut = ("<think>1 2 3", False)
     sampler = scripted_sampler(tokenizer, lambda text, j, call: box(gold(text)) if gold(text) % 2 else cut)
-    _, kept = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args)
+    _, kept = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0, "kept_frac": 1.0}, args)
     assert [r.teacher_prompt_ids for r in kept] == [r.prompt_ids for r in kept] and len(kept) == 8
     loss = opsd.accumulate_gradients(student, copy.deepcopy(student), kept, args)
     assert abs(loss) < 1e-9 and take_gradient(student).abs().max() < 1e-8
-    shown = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0}, args_of(opsd, *flags))[1]
+    shown = opsd.sample_rollouts(sampler, PROBLEMS, {"cursor": 0, "kept_frac": 1.0}, args_of(opsd, *flags))[1]
     loss = opsd.accumulate_gradients(student, copy.deepcopy(student), shown, args)
     assert loss > 1e-3 and take_gradient(student).abs().max() > 1e-3  # and with a context it is not
 

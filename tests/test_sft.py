@@ -147,7 +147,7 @@ def test_the_privileged_prompt_is_the_one_opsds_teacher_reads(tokenizer, problem
         return sft.render_response(problem.solution, problem.answer, args.thinking)
 
     everything, _ = opsd.sample_rollouts(
-        scripted_sampler(tokenizer, write), problems, {"cursor": 0}, opsd_args)
+        scripted_sampler(tokenizer, write), problems, {"cursor": 0, "kept_frac": 1.0}, opsd_args)
     assert {r.problem.problem for r in everything} == set(of_text)
     for r in everything:
         prompt = sft.demonstration_prompt(tokenizer, r.problem, context, args)
