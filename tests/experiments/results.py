@@ -44,6 +44,7 @@ HYPOTHESIS = {  # title -> the checkpoint that its arms start from
     "No thinking, from RLVR stopped early": "short-rlvr-15",
 }
 HINDSIGHT = "Incorrect minus correct, by context"
+NOT_RUN = "**Not run yet in this world.**"
 
 CONTRASTS, ANATOMY = "Against each other, seed by seed", "What OPSD takes away, and where"
 KEPT, EACH_SEED = "Rollouts kept in a step, of 32", "Teachers, the accuracy of each seed"
@@ -185,6 +186,16 @@ def how_to_make(names):
     return "\n".join(["How to make each arm:", "", "```bash", *lines, "```"])
 
 
+def how_to_make_contexts(start):
+    """Markdown: a block with the commands of all contexts and filters from one start."""
+    made = arms.commands()
+    lines = [made[f"{start}-none-all"], f"for context in {' '.join(arms.CONTEXTS)}; do"]
+    for kept in arms.FILTERS:
+        command = made[f"{start}-{arms.CONTEXTS[0]}-{kept}"].replace(arms.CONTEXTS[0], "$context")
+        lines.append(f"  {command}")
+    return "\n".join(["How to make each arm:", "", "```bash", *lines, "done", "```"])
+
+
 def table(runs, base, names):
     """Markdown: each arm's accuracy, length, truncation and doubt, and its changes against `base`."""
     lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
@@ -203,18 +214,20 @@ def table(runs, base, names):
             accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
         lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
             f"| {truncated} | {doubt:.2f} | {len(pairs)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
-def slip_share(row, kind):
-    """Percent of a row's slips that were mended, checked in vain, or neither."""
-    return 100 * row["slips"][kind] / row["slips"]["slips"] if row["slips"]["slips"] else float("nan")
+def slip_cells(rows):
+    """Of some seeds: how many percent of first results are slips; how many percent of the slips are checked."""
+    slips = [row["slips"] for row in rows]
+    checked = [100 * (s["mended"] + s["checked"]) / s["slips"] for s in slips if s["slips"]]
+    return [cell([100 * s["slips"] / s["first_results"] for s in slips]), cell(checked) if checked else "–"]
 
 
 def by_context(runs, start):
     """Markdown: all contexts and filters from one start, at equal budgets. Entropy and forks are those of the
     student's correct rollouts in training; the start's are those of the first step."""
-    lines = [f"| context | rollouts | accuracy, % | against {start}, points | length, % | slips, % | of them mended, % "
+    lines = [f"| context | rollouts | accuracy, % | against {start}, points | length, % | slips, % | of them checked, % "
         "| entropy, nats | forks, % | seeds |", "|---|---|---|---|---|---|---|---|---|---|"]
     none = f"{start}-none-all"
     for context in ["", "none", *arms.CONTEXTS]:
@@ -227,13 +240,12 @@ def by_context(runs, start):
             measured = [run[arm]["last_10"] if context else run[none]["first"] for run in some]
             pairs = pairs_of(some, arm, start)
             changes = [cell(points(pairs), "+"), cell(percents(pairs), "+")] if context else ["", ""]
-            slips = [100 * row["slips"]["slips"] / row["slips"]["first_results"] for row in rows]
             cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
-                *changes, cell(slips), cell([slip_share(row, "mended") for row in rows]),
+                *changes, *slip_cells(rows),
                 f"{mean([m['entropy_correct'] for m in measured]):.3f}",
                 f"{100 * mean([m['forks_correct'] for m in measured]):.1f}", str(len(rows))]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
 def hindsight(runs):
@@ -275,6 +287,8 @@ def accuracy_of_each_seed(runs):
     titles = " | ".join(f"seed {seed}, %" for seed in range(len(runs)))
     lines = [f"| arm | {titles} |", "|---" * (len(runs) + 1) + "|"]
     for arm in ["rlvr", *TABLES["Teachers, 100 steps"][1]]:
+        if not all(arm in run for run in runs):
+            continue
         cells = " | ".join(f"{100 * run[arm]['accuracy']:.1f}" for run in runs)
         lines.append(f"| {arm} | {cells} |")
     return "\n".join(lines)
@@ -314,7 +328,7 @@ def page_tables(runs):
     for title, (base, names) in TABLES.items():
         tables[title] = f"{table(runs, base, names)}\n\n{how_to_make(names)}"
     for title, start in HYPOTHESIS.items():
-        tables[title] = by_context(runs, start)
+        tables[title] = f"{by_context(runs, start)}\n\n{how_to_make_contexts(start)}"
     tables[HINDSIGHT] = hindsight(runs)
     tables[CONTRASTS] = contrasts(runs)
     tables[KEPT] = rollouts_kept(runs)

@@ -75,7 +75,7 @@ def work(seeds, groups):
         for seed, arm, command in left:
             folder = Path(f"ckpt/seed{seed}")
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f".{arm}.lock", "w") as lock:
+            with open(folder / f"{arm}.lock", "w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -101,7 +101,11 @@ def main():
         if any([process.wait() for process in running]):
             sys.exit(1)
     for seed in args.seeds:
-        results.collect(f"ckpt/seed{seed}")
+        folder = Path(f"ckpt/seed{seed}")
+        if done(folder / "only-correct") and not (folder / "anatomy.json").is_file():
+            starts = " ".join(f"{folder}/{arm}" for arm in ("sft", "rlvr", "only-correct"))
+            call(f"python anatomy.py {starts} --json {folder}/anatomy.json")
+        results.collect(folder)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The page of results is what the committed json gives: tables, numbers in the text, figure, commands."""
 
+import fcntl
 import json
 import re
 from pathlib import Path
@@ -7,13 +8,16 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import anatomy
+import arms
 import pages
 import pytest
 import results
+import run
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
-TITLES = [*results.TABLES, results.CONTRASTS, results.KEPT, results.EACH_SEED, results.ANATOMY]
+TITLES = [*results.TABLES, *results.HYPOTHESIS, results.HINDSIGHT, results.CONTRASTS, results.KEPT,
+    results.EACH_SEED, results.ANATOMY]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -37,24 +41,91 @@ def test_numbers_of_the_text_stand_in_a_table():
     assert set(claims) <= set(re.findall(number, tables))
 
 
-def test_every_arm_has_a_command_that_the_seed_script_runs():
-    """A row without its command cannot be checked; a command that starts from nothing cannot be run."""
-    commands = results.commands()
-    arms = {arm for _, arms in results.TABLES.values() for arm in arms}
-    assert arms <= commands.keys()
+def test_every_arm_of_a_table_has_a_command_that_can_be_run():
+    """A row without its command cannot be checked; a command that starts from what nothing makes cannot be run."""
+    commands = arms.commands()
+    shown = {arm for _, names in results.TABLES.values() for arm in names}
+    shown |= {f"{start}-{context}-{kept}" for start in results.HYPOTHESIS.values() for context in arms.CONTEXTS
+        for kept in arms.FILTERS}
+    shown |= {arm for pair in results.PAIRS for arm in pair} | {arm for arm, *_ in results.FILTERS}
+    assert shown <= commands.keys()
     assert commands["sft"] == "python sft.py" and commands["rlvr"] == "python rlvr.py --init ckpt/sft"
-    assert commands["incorrect-matched"] == ("python opsd.py --init ckpt/rlvr --only-incorrect "
-        "--match-budget --max-refills 40 --out ckpt/incorrect-matched")
-    text = "\n".join(commands.values())
-    starts, made = set(re.findall(r"--init (\S+)", text)), set(re.findall(r"--out (\S+)", text))
-    assert starts <= made | {"ckpt/sft", "ckpt/rlvr"}
+    assert commands["rlvr-15-answer-incorrect"] == ("python opsd.py --init ckpt/rlvr-15 --eval-every 40 "
+        "--context answer --only-incorrect --match-budget --out ckpt/rlvr-15-answer-incorrect")
+    assert set(re.findall(r"--init ckpt/(\S+)", "\n".join(commands.values()))) <= commands.keys()
 
 
-def test_the_page_shows_every_arms_command():
+def test_the_page_shows_the_commands_of_every_arm():
     """As the blocks of the page have them, to be typed: none is lost, none is cut at a line's end."""
-    shown = {f"python {script}{rest}".strip() for script, rest in pages.commands(PAGE)}
-    for command in results.commands().values():
-        assert set(command.split(" && ")) <= shown
+    page = PAGE.read_text().replace(" && \\\n  ", " && ")
+    unrolled = [page.replace("$context", context) for context in arms.CONTEXTS]
+    for command in arms.commands().values():
+        assert any(command in text for text in unrolled)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def test_a_command_for_one_seed():
+    """Seeds that share a folder overwrite each other; a stage that gets no seed is seed 0 again."""
+    assert run.for_seed("python sft.py", 3) == "python sft.py --out ckpt/seed3/sft --seed 3"
+    assert run.for_seed("python opsd.py --init ckpt/rlvr --out ckpt/a", 1) == (
+        "python opsd.py --init ckpt/seed1/rlvr --out ckpt/seed1/a --seed 1")
+
+
+def test_arms_are_made_once_and_after_what_they_start_from(tmp_path, monkeypatch):
+    """In any order of the list: b starts from a, which stands behind it. One that is done is left alone, one
+    that another process makes is left to it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arms, "GROUPS", {"all": """
+        python opsd.py --init ckpt/a --out ckpt/b
+        python opsd.py --init ckpt/sft --out ckpt/a
+        python sft.py
+        python rlvr.py --init ckpt/sft --out ckpt/theirs"""})
+    made = []
+
+    def finish(arm, seed=0):
+        folder = Path("ckpt", f"seed{seed}", arm)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "eval.json").write_text("{}")
+
+    def make(arm, command, seed):
+        made.append(arm)
+        finish(arm)
+
+    Path("ckpt/seed0").mkdir(parents=True)
+    lock = open("ckpt/seed0/theirs.lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(run, "make", make)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: finish("theirs"))  # what we wait for
+    run.work([0], ["all"])
+    assert made == ["sft", "a", "b"]
+    run.work([0], ["all"])
+    assert made == ["sft", "a", "b"]
+
+
+def test_an_interrupted_arm_goes_on_from_its_save(tmp_path, monkeypatch):
+    """Started anew, a stop costs what was trained; resumed with --init, a stage refuses. It is judged in the end,
+    and counts as done only then."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def call(command):
+        calls.append(command)
+        if "--json" in command:
+            Path(command.split()[-1]).write_text("{}")
+
+    monkeypatch.setattr(run, "call", call)
+    Path("ckpt/seed2/a").mkdir(parents=True)
+    run.make("a", "python opsd.py --init ckpt/rlvr --out ckpt/a", 2)
+    assert calls == ["python opsd.py --init ckpt/seed2/rlvr --out ckpt/seed2/a --seed 2 --overwrite",
+        "python eval.py ckpt/seed2/a --data arithmetic --json ckpt/seed2/a/eval.new"]
+    assert run.done(Path("ckpt/seed2/a"))
+    Path("ckpt/seed2/a/trainer_state.pt").touch()
+    calls.clear()
+    run.make("a", "python opsd.py --init ckpt/rlvr --out ckpt/a", 2)
+    assert calls[0] == "python opsd.py --resume --out ckpt/seed2/a"
 
 
 def test_links_commands_and_lines_of_the_page():
@@ -100,20 +171,44 @@ def test_changes_and_ranges_by_hand():
     assert results.range_cell(results.percents(pairs), "+") == "-37.5 (-50.0 to -25.0)"
 
 
+def test_the_table_of_contexts_by_hand():
+    """Two seeds. The start has 80 and 90 % at 60 tokens, and the entropy of the first step; trained on correct
+    rollouts with the answer shown, 82 and 94 % at 30: +2 and +4 points, half the length. 1 and 3 of 100 first
+    results are slips, of which 0 and 2 are checked: 0 and 66.7 %. An arm that a seed lacks leaves it out."""
+
+    def row(accuracy, length, slips, mended, checked, entropy):
+        found = {"first_results": 100, "slips": slips, "mended": mended, "checked": checked}
+        measured = {"entropy_correct": entropy, "forks_correct": entropy / 2}
+        return {"accuracy": accuracy, "length": length, "slips": found, "first": measured, "last_10": measured}
+
+    runs = [
+        {"a": row(0.8, 60, 1, 0, 0, 9), "a-none-all": row(0.8, 60, 1, 0, 0, 0.2),
+            "a-answer-correct": row(0.82, 30, 1, 0, 0, 0.1), "a-answer-incorrect": row(0.79, 36, 1, 0, 0, 0.1)},
+        {"a": row(0.9, 60, 0, 0, 0, 9), "a-none-all": row(0.9, 60, 0, 0, 0, 0.4),
+            "a-answer-correct": row(0.94, 30, 3, 1, 1, 0.3)}]
+    start, none, answer, incorrect = results.by_context(runs, "a").splitlines()[2:]
+    assert start == "| the start |  | 85.0 ± 63.5 |  |  | 0.5 ± 6.4 | 0.0 | 0.300 | 15.0 | 2 |"
+    assert answer == ("| answer | correct | 88.0 ± 76.2 | +3.0 ± 12.7 | -50.0 ± 0.0 | 2.0 ± 12.7 | 33.3 ± 423.5 "
+        "| 0.200 | 10.0 | 2 |")
+    assert incorrect.startswith("| answer | incorrect | 79.0 | -1.0 | -40.0 |") and incorrect.endswith("| 1 |")
+    assert results.by_context([{}], "a") == results.NOT_RUN
+
+
 def test_a_seeds_folder_is_read(tmp_path, monkeypatch):
     """eval.json's figures, the path where training evaluated, the KL at the first step and the last ten."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     folder = tmp_path / "seed7" / "all"
     folder.mkdir(parents=True)
     keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
-    (folder / "eval.json").write_text(json.dumps({"checkpoints": [dict.fromkeys(keys, 0.123456)]}))
+    slips = {"first_results": 9, "slips": 1}
+    (folder / "eval.json").write_text(json.dumps({"checkpoints": [dict.fromkeys(keys, 0.123456) | {"slips": slips}]}))
     log = [{"step": 0, "eval/accuracy": 0.5, "eval/len_mean": 70}]
     log += [{"step": step, "distill/kl": step, "distill/kept_frac": 1} for step in range(1, 21)]
     log[20] |= {"distill/kl_incorrect": 8, "eval/accuracy": 0.9, "eval/len_mean": 40}
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
     results.collect(tmp_path / "seed7")
-    (run,) = results.load_runs(tmp_path / "results")
-    assert run["all"] == dict.fromkeys(keys, 0.12346) | {"path": [[0, 70, 0.5], [20, 40, 0.9]],
+    (row,) = results.load_runs(tmp_path / "results")
+    assert row["all"] == dict.fromkeys(keys, 0.12346) | {"slips": slips, "path": [[0, 70, 0.5], [20, 40, 0.9]],
         "first": {"kept_frac": 1, "kl": 1}, "last_10": {"kept_frac": 1, "kl": 15.5, "kl_incorrect": 8}}
 
 
