@@ -39,11 +39,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from rollout import APPLY, Head, check_context, collate, evaluate, fail, fitting_prompts, is_first
-from rollout import join_processes, load_model, load_problems, load_tokenizer, make_sampler
-from rollout import not_negative, number, once, positive, read_problems, reason, render_prompt
-from rollout import require_checkpoint, require_device, response_hidden_states, sample_row
-from rollout import seed_number, shard, trained_with
+from rollout import APPLY, BUILT_IN, Head, check_context, collate, evaluate, fail, fitting_prompts
+from rollout import is_first, join_processes, load_model, load_problems, load_tokenizer
+from rollout import make_sampler, not_negative, number, once, positive, read_problems, reason
+from rollout import render_prompt, require_checkpoint, require_device, response_hidden_states
+from rollout import sample_row, seed_number, shard, trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -121,9 +121,9 @@ def check_flags(args):
         given.append(f"--{name}")
     if args.k > args.n:
         fail(f"--k {args.k}: pass@k needs k responses to each problem; raise --n (now {args.n})")
-    if args.columns and args.data in (None, "arithmetic"):
+    if args.columns and args.data in (None, *BUILT_IN):
         fail("--columns are those of a --data: give that, too")
-    if args.train and args.data not in (None, "arithmetic"):
+    if args.train and args.data not in (None, *BUILT_IN):
         fail("--train goes with the data of the checkpoints; --data is used whole")
     not_html = [flag for flag in given if flag != "--html"]
     if args.example and not_html:
@@ -614,7 +614,7 @@ def main():
     if args.thinking is None:
         args.thinking = saved["thinking"]
     data, columns = (args.data, args.columns) if args.data else (saved["data"], saved["columns"])
-    if args.data in (None, "arithmetic"):
+    if args.data in (None, *BUILT_IN):
         train, heldout = load_problems(data, columns)
         problems, which = (train, "of the training part") if args.train else (heldout, "held out")
         limit = args.problems or 400
@@ -628,7 +628,7 @@ def main():
         return
     problems = problems[:limit]
     print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each)")
-    compare_checkpoints(problems, args, built_in=data == "arithmetic")
+    compare_checkpoints(problems, args, built_in=data in BUILT_IN)
 
 
 if __name__ == "__main__":

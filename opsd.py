@@ -54,8 +54,9 @@ def get_args():
     add("--init", default="ckpt/rlvr",
         help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", default="ckpt/opsd", help="the folder of this run: checkpoint, flags, logs")
-    add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
-        "name:config, name:config:split, or a folder; default: what --init was trained on")
+    add("--data", help="`arithmetic` or `arithmetic:parity` (built in), a .jsonl file, or a Hugging"
+        " Face data set: name, name:config, name:config:split, or a folder; default: what --init "
+        "was trained on")
     add("--only-correct", action="store_true", help="train on correct rollouts only: compresses")
     add("--only-incorrect", action="store_true",
         help="train on incorrect rollouts only: in the paper, harmful")

@@ -48,8 +48,9 @@ def get_args():
     add("--init", default="ckpt/sft",
         help="model to start from: a checkpoint folder or a Hugging Face name")
     add("--out", default="ckpt/rlvr", help="the folder of this run: checkpoint, flags, logs")
-    add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
-        "name:config, name:config:split, or a folder; default: what --init was trained on")
+    add("--data", help="`arithmetic` or `arithmetic:parity` (built in), a .jsonl file, or a Hugging"
+        " Face data set: name, name:config, name:config:split, or a folder; default: what --init "
+        "was trained on")
     add("--reward", metavar="MODULE:FUNCTION", default="",
         help="your (response, gold) -> float, not verify.py's 0 or 1; what is cut off still gets 0")
     add("--steps", type=positive, default=50, help="optimizer steps")

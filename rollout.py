@@ -82,10 +82,11 @@ class Problem:
     solution: str = ""  # concise and correct: sft.py teaches from it, opsd.py's teacher reads it
 
 
+BUILT_IN = ("arithmetic", "arithmetic:parity")  # parity: is the value even?
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
-def make_arithmetic(rng):
+def make_arithmetic(rng, parity=False):
     """One problem of the built-in world: 3 to 6 numbers, left to right, every value in 0..99."""
     value = rng.randint(2, 60)
     text, steps, last_op = str(value), [], "*"
@@ -97,7 +98,15 @@ def make_arithmetic(rng):
         result = APPLY[op](value, b)
         steps.append(f"{value}{op}{b}={result}.")
         value, last_op = result, op
-    return Problem(f"Compute {text}.", str(value), " ".join(steps))
+    problem = f"Is {text} even?" if parity else f"Compute {text}."
+    return Problem(problem, answer_of(problem, value), " ".join(steps))
+
+
+def answer_of(problem, value):
+    """The answer to a built-in problem's text, by whoever's chain ends in `value`."""
+    if problem.startswith("Is "):
+        return "no" if value % 2 else "yes"
+    return str(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,7 +157,7 @@ def read_dataset(data):
             loaded = loaded[split or ("train" if "train" in loaded else next(iter(loaded)))]
     except Exception as error:  # of many types: no package, no network, no such configuration
         fail(f"--data {data}: {reason(error)} (give a .jsonl file, a folder, name, name:config or "
-            "name:config:split; or `arithmetic`, which is built in)")
+            "name:config:split; `arithmetic` and `arithmetic:parity` are built in)")
     for batch in loaded.iter(batch_size=100):  # ten times as fast as row by row
         for values in zip(*batch.values()):
             yield dict(zip(batch, values))
@@ -245,9 +254,9 @@ def load_problems(data, columns=""):
     One problem in 20 is held out, chosen by a hash of its text: no problem is on both sides, and
     the same problems are held out in every stage and for every seed.
     """
-    if data == "arithmetic":
+    if data in BUILT_IN:
         rng = random.Random(0)
-        problems = [make_arithmetic(rng) for _ in range(21_000)]
+        problems = [make_arithmetic(rng, data.endswith("parity")) for _ in range(21_000)]
     else:
         problems = read_problems(data, columns)
     hashes = [zlib.crc32(p.problem.encode()) for p in problems]
@@ -1137,7 +1146,7 @@ def parse_args(parser):
         if path and Path(path).exists() and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             fail(f"{flag} and --out are the same folder, or {flag} {path} lies in --out {out}: the "
                 "run would overwrite what it starts from")
-    if args.columns and args.data in (None, "arithmetic"):
+    if args.columns and args.data in (None, *BUILT_IN):
         fail("--columns are those of a --data: give that, too")
     require_device(args.device, args.sampler)
     args.out = str(out)
@@ -1553,7 +1562,7 @@ def main():
         args.data, args.columns = saved["data"], saved["columns"]
     if args.thinking is None:
         args.thinking = saved["thinking"]
-    builtin = args.data == "arithmetic"
+    builtin = args.data in BUILT_IN
     problems = load_problems(args.data)[0] if builtin else read_problems(args.data, args.columns)
     tokenizer = load_tokenizer(args.init)
     lengths = {"student's prompt": [], "teacher's prompt": [], "solution": []}

@@ -32,12 +32,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rollout import APPLY, Formatter, INSTRUCTION, Interrupt, PRIVILEGED, add_run_flags
-from rollout import append_jsonl, check_context, clip_gradients, collate, draw, evaluate, fail
-from rollout import fitting, fitting_prompts, load_model, load_problems, log_samples, make_sampler
-from rollout import micro_batches, not_negative, number, opened_thinking, parse_args, positive
-from rollout import render_prompt, require_solutions, run_in, save_checkpoint, sequence_length
-from rollout import shard, share, start_run, sum_of, summarize, token_log_probs, train_mode
+from rollout import APPLY, BUILT_IN, Formatter, INSTRUCTION, Interrupt, PRIVILEGED, add_run_flags
+from rollout import answer_of, append_jsonl, check_context, clip_gradients, collate, draw, evaluate
+from rollout import fail, fitting, fitting_prompts, load_model, load_problems, log_samples
+from rollout import make_sampler, micro_batches, not_negative, number, opened_thinking, parse_args
+from rollout import positive, render_prompt, require_solutions, run_in, save_checkpoint
+from rollout import sequence_length, shard, share, start_run, sum_of, summarize, token_log_probs
+from rollout import train_mode
 
 
 def get_args():
@@ -46,8 +47,9 @@ def get_args():
     add("--init", help="model to start from: a checkpoint folder or a Hugging Face name; without "
         "it a tiny one is made from scratch")
     add("--out", default="ckpt/sft", help="the folder of this run: checkpoint, flags, logs")
-    add("--data", help="`arithmetic` (built in), a .jsonl file, or a Hugging Face data set: name, "
-        "name:config, name:config:split, or a folder; default: what --init was trained on")
+    add("--data", help="`arithmetic` or `arithmetic:parity` (built in), a .jsonl file, or a Hugging"
+        " Face data set: name, name:config, name:config:split, or a folder; default: what --init "
+        "was trained on")
     add("--privileged-frac", type=share, default=0.3,
         help="share of demonstrations after a prompt of opsd.py's teacher, of each context alike")
     add("--steps", type=positive, default=2200, help="optimizer steps")
@@ -112,15 +114,16 @@ class Example:
 def demonstrate_arithmetic(problem, rng, context=None, think=True):
     """The built-in world's demonstration: the chain worked aloud. Returns response text.
 
-    A first result is a slip (off by 1, 2 or 10) with probability SLIP; the chain goes on from it.
-    After each result the writer checks with probability CHECK, again and again. A check is right:
-    it mends a slip. Without thinking nobody checks.
+    A first result is a slip (off by 1, 2 or 10; for parity by 1) with probability SLIP; the chain
+    goes on from it. After each result the writer checks with probability CHECK, again and again. A
+    check is right: it mends a slip. Without thinking nobody checks.
 
     context: one of CONTEXTS, what the writer is told; None: nothing. Who is told anything hardly
     ever checks. Who is told a solution, or what another wrote (rollout), makes no slips. Who is
     told the answer writes it in the box, whatever the chain gave.
     """
     slip = 0.0 if context in ("solution", "rollout") else SLIP
+    sizes = [-1, 1] if problem.answer in ("yes", "no") else [-10, -2, -1, 1, 2, 10]
     check = TOLD_CHECK if context else CHECK
     check = check if think else 0.0
     thinking, value = [], None
@@ -128,13 +131,13 @@ def demonstrate_arithmetic(problem, rng, context=None, think=True):
         value = int(first) if value is None else value
         right = written = APPLY[op](value, int(b))
         if rng.random() < slip:
-            written = max(0, right + rng.choice([-10, -2, -1, 1, 2, 10]))
+            written = max(0, right + rng.choice(sizes))
         thinking.append(f"{value}{op}{b}={written}.")
         while rng.random() < check:
             thinking.append(f"Wait, {value}{op}{b}={right} {'ok' if written == right else 'no'}.")
             written = right
         value = written
-    boxed = problem.answer if context == "answer" else value
+    boxed = problem.answer if context == "answer" else answer_of(problem.problem, value)
     return render_response(" ".join(thinking), boxed, think)
 
 
@@ -161,7 +164,7 @@ def build_example(tokenizer, problem, rng, args):
     """One demonstration. The response is encoded apart from its prompt, as it is when sampled, and
     ends in EOS. Where the chat template opens `<think>`, the response starts inside it."""
     context = rng.choice(CONTEXTS) if rng.random() < args.privileged_frac else None
-    if args.data == "arithmetic":
+    if args.data in BUILT_IN:
         response = demonstrate_arithmetic(problem, rng, context, args.thinking)
     else:
         response = render_response(problem.solution, problem.answer, args.thinking)
@@ -246,7 +249,7 @@ def new_model(problems, args):
     texts = [told + INSTRUCTION for told in PRIVILEGED.values()] * 2  # twice: a word is a token
     for problem in problems[:5000]:
         texts += [problem.problem, render_response(problem.solution, problem.answer)]
-        if args.data == "arithmetic":
+        if args.data in BUILT_IN:
             texts += [demonstrate_arithmetic(problem, random.Random(0))]
     tokenizer = make_tokenizer(texts)
     return make_model(tokenizer, args.seed).to(args.device), tokenizer
