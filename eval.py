@@ -39,11 +39,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from rollout import APPLY, BUILT_IN, Head, check_context, collate, evaluate, fail, fitting_prompts
-from rollout import is_first, join_processes, load_model, load_problems, load_tokenizer
-from rollout import make_sampler, not_negative, number, once, positive, read_problems, reason
-from rollout import render_prompt, require_checkpoint, require_device, response_hidden_states
-from rollout import sample_row, seed_number, shard, trained_with
+from rollout import APPLY, BUILT_IN, Head, answer_of, check_context, collate, evaluate, fail
+from rollout import fitting_prompts, is_first, join_processes, load_model, load_problems
+from rollout import load_tokenizer, make_sampler, not_negative, number, once, positive
+from rollout import read_problems, reason, render_prompt, require_checkpoint, require_device
+from rollout import response_hidden_states, sample_row, seed_number, shard, trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -229,7 +229,7 @@ def thinking_length(rollout, tokenizer):
     return bisect_left(range(length(rollout) + 1), closings(length(rollout)), key=closings)
 
 
-def first_results(text):
+def first_results(text, problem=""):
     """A response of the built-in world -> [(is it a slip, what became of it)] of all first results.
 
     A first result is that of a step that is no check. A slip is one that is wrong for the step's
@@ -238,25 +238,34 @@ def first_results(text):
     checked: there is a check before the next step, but not so; neither: there is none.
     """
     found, checks = [], []  # from the end, so that what follows a step is known
-    follows = extract_answer(text)  # or the next step's first operand; None: the text is cut off
+    answer, follows = extract_answer(text), None  # follows: the next step's first operand
     for wait, a, op, b, result in reversed(STEP.findall(text)):
         if wait:
             checks.append(int(result))
             continue
         right = APPLY[op](int(a), int(b))
         slip = int(result) != right
-        is_mended = slip and right in checks and follows in (str(right), None)
+        goes_on = follows == str(right) if follows else answer in (answer_of(problem, right), None)
+        is_mended = slip and right in checks and goes_on
         found.append((slip, "mended" if is_mended else "checked" if checks else "neither"))
         follows, checks = a, []
     return found[::-1]
 
 
+def box_contradicts(text, problem):
+    """Whether a response's answer is not the one that its own last result gives."""
+    results, answer = STEP.findall(text), extract_answer(text)
+    return bool(results and answer) and answer != answer_of(problem, int(results[-1][-1]))
+
+
 def count_slips(rollouts):
-    """What became of the slips of all responses, and how many right results were checked."""
-    found = Counter(step for rollout in rollouts for step in first_results(rollout.text))
+    """What became of the slips of all responses, how many right results were checked, and how many
+    responses contradict themselves."""
+    found = Counter(step for r in rollouts for step in first_results(r.text, r.problem.problem))
     fates = {fate: found[True, fate] for fate in ("mended", "checked", "neither")}
     return {"first_results": found.total(), "slips": sum(fates.values()), **fates,
-        "right_checked": found[False, "checked"]}
+        "right_checked": found[False, "checked"], "responses": len(rollouts),
+        "contradictions": sum(box_contradicts(r.text, r.problem.problem) for r in rollouts)}
 
 
 def evaluate_checkpoint(path, sampler, problems, args):
@@ -354,14 +363,15 @@ def print_table(rows):
             f"{'':13}{percent:+6.1f} ({shorter:+.1f} to {longer:+.1f})")
     if "slips" in rows[0]:
         print(f"\n{'what became of slips':{width}}  first results    slips, %   mended, %  "
-            "checked, %  neither, %  right ones checked, %")
+            "checked, %  neither, %  right ones checked, %  box against chain, %")
         for row in rows:
             found = row["slips"]
             slips, right = found["slips"], found["first_results"] - found["slips"]
             print(f"{row['checkpoint']:{max(width, 20)}}  {slips + right:13d}  "
                 f"{share(slips, slips + right)}  {share(found['mended'], slips)}  "
                 f"{share(found['checked'], slips)}  {share(found['neither'], slips)}  "
-                f"{share(found['right_checked'], right):>21}")
+                f"{share(found['right_checked'], right):>21}  "
+                f"{share(found['contradictions'], found['responses']):>20}")
 
 
 def share(part, whole):

@@ -196,21 +196,40 @@ def test_slips_are_counted_over_all_responses(capsys):
     three are checked. Shares of what is not there are no zeros: who never slips has not failed to mend."""
     texts = ["27+8=33. Wait, 27+8=35 no."] + 2 * ["27+8=33. Wait, 27+8=33 ok."] + 5 * ["27+8=33. 33-3="]
     texts += 3 * ["4+4=8. Wait, 4+4=8 ok."] + ["4+4=8. Wait"]
-    counts = evaluation.count_slips([SimpleNamespace(text=text) for text in texts])
+    counts = evaluation.count_slips([SimpleNamespace(text=text, problem=Problem("", "")) for text in texts])
     assert counts == {"first_results": 12, "slips": 8, "mended": 1, "checked": 2, "neither": 5,
-        "right_checked": 3}  # fmt: skip
+        "right_checked": 3, "responses": 12, "contradictions": 0}  # fmt: skip
     figures = """accuracy accuracy_se length length_se think_length truncated doubt pass_at_k maj_at_k k n
         accuracy_change length_change""".split()
     intervals = dict.fromkeys(["accuracy_change_ci95", "length_change_ci95"], [0, 0])
     row = {"checkpoint": "ckpt/x", **dict.fromkeys(figures, 1), **intervals}
-    none = evaluation.count_slips([SimpleNamespace(text="")])
+    none = evaluation.count_slips([])
     evaluation.print_table([row | {"slips": counts}, row | {"slips": none}])
     table = capsys.readouterr().out.split("what became of slips")[1].splitlines()
-    assert table[1].split() == ["ckpt/x", "12", "66.7", "12.5", "25.0", "62.5", "75.0"]
-    assert table[2].split() == ["ckpt/x", "0", *5 * ["-"]]
+    assert table[1].split() == ["ckpt/x", "12", "66.7", "12.5", "25.0", "62.5", "75.0", "0.0"]
+    assert table[2].split() == ["ckpt/x", "0", *6 * ["-"]]
     assert len({len(line) for line in table[1:]}) == 1  # columns
     evaluation.print_table([row])
     assert "slips" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, problem, contradicts", [
+    ("1+1=2.</think>\\boxed{2}", "Compute 1+1.", False),
+    ("1+1=3.</think>\\boxed{2}", "Compute 1+1.", True),  # right, and not by its chain
+    ("1+1=3. Wait, 1+1=2 no.</think>\\boxed{2}", "Compute 1+1.", False),  # the check is the last word
+    ("1+1=3.</think>\\boxed{yes}", "Is 1+1 even?", True), ("1+1=3.</think>\\boxed{no}", "Is 1+1 even?", False),
+    ("1+1=3.", "Compute 1+1.", False), ("</think>\\boxed{3}", "Compute 1+1.", False),  # one of the two is missing
+])  # fmt: skip
+def test_a_response_that_contradicts_its_own_chain(text, problem, contradicts):
+    """What a student learns from teachers who know the answer and not the steps. The gold plays no part."""
+    assert evaluation.box_contradicts(text, problem) == contradicts
+
+
+def test_a_slip_of_parity_is_mended_if_the_answer_says_so():
+    """The answer is no number: compared with the check's result, no last slip would ever be mended."""
+    text = "27+8=34. Wait, 27+8=35 no.</think>\\boxed{%s}"
+    assert evaluation.first_results(text % "no", "Is 27+8 even?") == [MENDED]
+    assert evaluation.first_results(text % "yes", "Is 27+8 even?") == [CHECKED]
 
 
 def test_only_the_built_in_world_has_slips(base):

@@ -103,7 +103,7 @@ def measure_difficulty(by_sft, by_before, by_after, n):
 
 def measure_habits(rollouts):
     """How often a first result is a slip, and how often each kind of first result is checked."""
-    steps = [step for r in rollouts for step in first_results(r.text)]
+    steps = [step for r in rollouts for step in first_results(r.text, r.problem.problem)]
     return {
         "slips": mean([slip for slip, _ in steps]),
         "checked_after_a_slip": mean([fate != "neither" for slip, fate in steps if slip]),

@@ -25,6 +25,33 @@ def contexts_from(start):
     return "\n".join(made)
 
 
+def parity_arms():
+    """The commands of the world with two answers. Longer than usual: a student that is nearly certain of what it
+    reads off its chain has small gradients there."""
+    made = []
+    for context in ["solution", "answer"]:
+        for kept, flags in FILTERS.items():
+            made.append(f"python opsd.py --init ckpt/parity-rlvr --steps 60 --lr 5e-4 --eval-every 30 "
+                f"--context {context} {flags} --out ckpt/parity-{context}-{kept}")
+    return "\n".join(made)
+
+
+def search_arms():
+    """Where else might incorrect rollouts do harm? From RLVR stopped early, where slips are left."""
+    made = []
+    for name, change in SEARCH.items():
+        for kept in ["correct", "incorrect"]:
+            made.append(f"python opsd.py --init ckpt/rlvr-15 --eval-every 50 {FILTERS[kept]} {change} "
+                f"--out ckpt/{name}-{kept}")
+    return "\n".join(made)
+
+
+SEARCH = {  # one change each
+    "hot": "--temperature 1.5",
+    "cut-off": "--max-new-tokens 48",  # most incorrect rollouts are truncated ones
+    "long": "--steps 100 --lr 5e-4",
+    "long-answer": "--steps 100 --lr 5e-4 --context answer",
+}
 SHORTEST = "python eval.py ckpt/rlvr --train --problems 1280 --n 8 --shortest ckpt/shortest.jsonl"
 GROUPS = {  # name -> commands, in the order in which they are run
     "start": """
@@ -51,6 +78,11 @@ GROUPS = {  # name -> commands, in the order in which they are run
         python opsd.py --init ckpt/rlvr --only-correct --divergence jsd --out ckpt/jsd-correct
         python opsd.py --init ckpt/rlvr --only-incorrect --divergence jsd --out ckpt/jsd-incorrect
         python opsd.py --init ckpt/rlvr --divergence split --out ckpt/split-all""",
+    "parity-start": """
+        python sft.py --init ckpt/sft --data arithmetic:parity --steps 400 --lr 1e-3 --out ckpt/parity-sft
+        python rlvr.py --init ckpt/parity-sft --steps 15 --out ckpt/parity-rlvr""",
+    "parity": parity_arms(),
+    "search": search_arms(),
     "controls": f"""
         python opsd.py --init ckpt/rlvr --only-correct --context wrong-answer --out ckpt/context-wrong-answer
         python opsd.py --init ckpt/rlvr --only-correct --context rollout --group-size 4 --batch-size 8 --out ckpt/context-rollout

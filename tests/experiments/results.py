@@ -37,6 +37,12 @@ TABLES = {  # title -> the arm that changes are against, and the arms
     "OPSD in place of RLVR, and before it": ("sft", ["rlvr", "sft-opsd", "sft-opsd-rlvr", "only-correct"]),
 }
 
+PARITY = ["parity-sft", "parity-rlvr"] + [f"parity-{context}-{kept}" for context in ("solution", "answer")
+    for kept in arms.FILTERS]
+TABLES["A world with two answers"] = ("parity-rlvr", PARITY)
+TABLES["Where else might incorrect rollouts do harm"] = ("rlvr-15", [f"{name}-{kept}" for name in arms.SEARCH
+    for kept in ("correct", "incorrect")])
+
 HYPOTHESIS = {  # title -> the checkpoint that its arms start from
     "Thinking, from the end of RLVR": "rlvr",
     "Thinking, from RLVR stopped early": "rlvr-15",
@@ -52,7 +58,9 @@ PAIRS = [("only-incorrect", "only-correct"), ("forward-incorrect", "forward-corr
     ("forward-incorrect-matched", "forward-correct-matched"), ("jsd-incorrect", "jsd-correct"),
     ("only-correct", "rlvr-solution-all"), ("only-correct", "token-clip"), ("only-correct", "shortest-sft"),
     ("refresh-50", "frozen-100"), ("refresh-1", "frozen-100"), ("only-correct", "sft-opsd"),
-    ("only-correct", "sft-opsd-rlvr"), ("sft-opsd-rlvr", "sft-opsd")]
+    ("only-correct", "sft-opsd-rlvr"), ("sft-opsd-rlvr", "sft-opsd"),
+    ("parity-solution-incorrect", "parity-solution-correct"), ("parity-answer-incorrect", "parity-answer-correct"),
+    *[(f"{name}-incorrect", f"{name}-correct") for name in arms.SEARCH]]
 
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
@@ -199,7 +207,7 @@ def how_to_make_contexts(start):
 def table(runs, base, names):
     """Markdown: each arm's accuracy, length, truncation and doubt, and its changes against `base`."""
     lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
-        "| truncated, % | doubt | seeds |", "|---|---|---|---|---|---|---|---|"]
+        "| truncated, % | doubt | box against chain, % | seeds |", "|---|---|---|---|---|---|---|---|---|"]
     for arm in names:
         pairs = pairs_of(runs, arm, base)
         if not pairs:
@@ -213,8 +221,13 @@ def table(runs, base, names):
         if arm != base:
             accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
         lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
-            f"| {truncated} | {doubt:.2f} | {len(pairs)} |")
+            f"| {truncated} | {doubt:.2f} | {against_chain(rows)} | {len(pairs)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+
+
+def against_chain(rows):
+    """Percent of responses whose answer is not what their own chain gives."""
+    return cell([100 * row["slips"]["contradictions"] / row["slips"]["responses"] for row in rows])
 
 
 def slip_cells(rows):

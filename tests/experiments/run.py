@@ -61,14 +61,14 @@ def make(arm, command, seed):
     else:
         for part in for_seed(command, seed).split(" && "):
             call(part + " --overwrite" * (" --out " in part))
-    call(f"python eval.py {out} --data arithmetic --json {out}/eval.new")
+    call(f"python eval.py {out} {'' if arm.startswith('parity') else '--data arithmetic '}--json {out}/eval.new")
     (out / "eval.new").rename(out / "eval.json")
 
 
 def work(seeds, groups):
     """Arm after arm. Another process may do the same: a lock says who makes an arm."""
     while True:
-        left = [(seed, arm, command) for seed in seeds for arm, command in arms.commands(groups).items()
+        left = [(seed, arm, command) for arm, command in arms.commands(groups).items() for seed in seeds
             if not done(Path(f"ckpt/seed{seed}/{arm}"))]
         if not left:
             return

@@ -13,6 +13,7 @@ import pages
 import pytest
 import results
 import run
+from rollout import Problem
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
@@ -276,7 +277,7 @@ def test_a_curve_is_a_mean_over_the_seeds_that_have_the_arm():
 def test_slips_and_checks_by_hand():
     """27+8=33 is a slip and is checked, 35*2=70 is right and is not, 70-1=69 is right and is."""
     text = "27+8=33. Wait, 27+8=35 no. 35*2=70. 70-1=69. Wait, 70-1=69 ok."
-    assert anatomy.measure_habits([SimpleNamespace(text=text)]) == {"slips": pytest.approx(1 / 3),
+    assert anatomy.measure_habits([SimpleNamespace(text=text, problem=Problem("", ""))]) == {"slips": pytest.approx(1 / 3),
         "checked_after_a_slip": 1, "checked_after_a_right_result": 0.5}
 
 
