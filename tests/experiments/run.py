@@ -75,7 +75,7 @@ def work(seeds, groups):
         for seed, arm, command in left:
             folder = Path(f"ckpt/seed{seed}")
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"{arm}.lock", "w") as lock:
+            with open(folder / f".{arm}.lock", "w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

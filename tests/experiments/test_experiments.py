@@ -96,7 +96,7 @@ def test_arms_are_made_once_and_after_what_they_start_from(tmp_path, monkeypatch
         finish(arm)
 
     Path("ckpt/seed0").mkdir(parents=True)
-    lock = open("ckpt/seed0/theirs.lock", "w")
+    lock = open("ckpt/seed0/.theirs.lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     monkeypatch.setattr(run, "make", make)
     monkeypatch.setattr(run.time, "sleep", lambda seconds: finish("theirs"))  # what we wait for
