@@ -119,6 +119,29 @@ def test_who_is_told_anything_is_brief(context):
     assert length(context) < 0.8 * length(None)
 
 
+def test_parity_asks_of_the_same_chains_whether_they_end_in_an_even_number():
+    """Two answers only, both of them often. A slip of 2 or 10 would leave the answer right, and the rollout counted as
+    correct: every slip is off by 1. Each response is true to its own chain, but for who is told the answer."""
+    world, parity = rollout.load_problems("arithmetic"), rollout.load_problems("arithmetic:parity")
+    assert 19_000 < len(parity[0]) and len(parity[0]) + len(parity[1]) == len(world[0]) + len(world[1]) == 21_000
+    problems, rng, against = parity[1][:400], random.Random(5), 0
+    assert 0.4 < sum(p.answer == "yes" for p in problems) / 400 < 0.6
+    for problem in problems:
+        value = eval(re.fullmatch(r"Is (.+) even\?", problem.problem)[1])
+        assert problem.answer == ("yes" if value % 2 == 0 else "no") and problem.solution.endswith(f"={value}.")
+        for context in (None, *sft.CONTEXTS):
+            text = sft.demonstrate_arithmetic(problem, rng, context)
+            steps = re.findall(r"(-?\d+[-+*]\d+)=(-?\d+)\.", text)
+            assert all(abs(eval(left) - int(result)) <= 1 for left, result in steps)
+            last, box = re.findall(r"=(-?\d+)[ .]", text)[-1], re.search(r"\\boxed\{(yes|no)\}$", text)[1]
+            assert context == "answer" or box == ("yes" if int(last) % 2 == 0 else "no")
+            if context == "answer":
+                against += box != ("yes" if int(last) % 2 == 0 else "no")
+            if context in ("answer", "solution", "rollout"):
+                assert verify(text, problem.answer)
+    assert against > 80
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data from a file
 
