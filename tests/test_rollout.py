@@ -125,7 +125,7 @@ def test_parity_asks_of_the_same_chains_whether_they_end_in_an_even_number():
     world, parity = rollout.load_problems("arithmetic"), rollout.load_problems("arithmetic:parity")
     assert 19_000 < len(parity[0]) and len(parity[0]) + len(parity[1]) == len(world[0]) + len(world[1]) == 21_000
     problems, rng, against = parity[1][:400], random.Random(5), 0
-    assert 0.4 < sum(p.answer == "yes" for p in problems) / 400 < 0.6
+    assert 0.3 < sum(p.answer == "yes" for p in problems) / 400 < 0.7
     for problem in problems:
         value = eval(re.fullmatch(r"Is (.+) even\?", problem.problem)[1])
         assert problem.answer == ("yes" if value % 2 == 0 else "no") and problem.solution.endswith(f"={value}.")

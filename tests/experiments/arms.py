@@ -110,7 +110,10 @@ def arm_of(command):
     return out[1] if out else stage_of(command)
 
 
-def commands(groups=GROUPS):
-    """{arm: its command}, of some groups."""
-    lines = [line.strip() for group in groups for line in GROUPS[group].splitlines() if line.strip()]
-    return {arm_of(line): " ".join(line.split()) for line in lines}
+def commands(names=GROUPS):
+    """{arm: its command}, of some groups, or of single arms."""
+    made = {}
+    for group, text in GROUPS.items():
+        for command in filter(None, map(str.strip, text.splitlines())):
+            made[group, arm_of(command)] = command
+    return {arm: command for name in names for (group, arm), command in made.items() if name in (group, arm)}

@@ -2,7 +2,7 @@
 
     python tests/experiments/run.py 0 1 2 3 4                       # all of it, on one core
     python tests/experiments/run.py 0 1 2 3 4 --jobs 2              # on two cores
-    python tests/experiments/run.py 0 --only start paper            # some groups of arms.py
+    python tests/experiments/run.py 0 --only start rlvr-answer-all  # some groups or arms of arms.py
 
 What is finished is not repeated, and a run that was interrupted goes on from its last save. An arm of seed 3 is
 made in ckpt/seed3/ARM. All stages run in one process, which saves half a minute of imports an arm.
@@ -65,10 +65,10 @@ def make(arm, command, seed):
     (out / "eval.new").rename(out / "eval.json")
 
 
-def work(seeds, groups):
+def work(seeds, names):
     """Arm after arm. Another process may do the same: a lock says who makes an arm."""
     while True:
-        left = [(seed, arm, command) for arm, command in arms.commands(groups).items() for seed in seeds
+        left = [(seed, arm, command) for arm, command in arms.commands(names).items() for seed in seeds
             if not done(Path(f"ckpt/seed{seed}/{arm}"))]
         if not left:
             return
@@ -90,7 +90,8 @@ def work(seeds, groups):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("seeds", nargs="+", type=int)
-    parser.add_argument("--only", nargs="+", choices=arms.GROUPS, default=list(arms.GROUPS), metavar="GROUP")
+    parser.add_argument("--only", nargs="+", choices=[*arms.GROUPS, *arms.commands()], default=list(arms.GROUPS),
+        metavar="NAME", help="some groups or arms of arms.py")
     parser.add_argument("--jobs", type=int, default=1, help="processes, with one thread each if more than one")
     args = parser.parse_args()
     if args.jobs == 1:
