@@ -64,14 +64,19 @@ PAIRS = [("only-incorrect", "only-correct"), ("forward-incorrect", "forward-corr
 
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
-FILTERS = [  # arm, divergence, rollouts that are kept, their number in a step
-    ("rlvr-solution-all", "reverse KL", "all", "32 sampled"),
-    ("only-correct", "reverse KL", "only correct", "the correct of 32"),
-    ("only-incorrect", "reverse KL", "only incorrect", "the incorrect of 32"),
-    ("forward-correct", "forward KL", "only correct", "the correct of 32"),
-    ("forward-incorrect", "forward KL", "only incorrect", "the incorrect of 32"),
-    ("rlvr-solution-correct", "reverse KL", "only correct", "32 correct"),
-    ("rlvr-solution-incorrect", "reverse KL", "only incorrect", "32 incorrect"),
+WHICH = [  # arm, start, what is asked for, what the teacher is shown, divergence, what a step trains on
+    ("rlvr-solution-all", "rlvr", "a number", "solution", "reverse KL", "32 sampled"),
+    ("only-correct", "rlvr", "a number", "solution", "reverse KL", "the correct of 32"),
+    ("only-incorrect", "rlvr", "a number", "solution", "reverse KL", "the incorrect of 32"),
+    ("rlvr-solution-correct", "rlvr", "a number", "solution", "reverse KL", "32 correct"),
+    ("rlvr-solution-incorrect", "rlvr", "a number", "solution", "reverse KL", "32 incorrect"),
+    ("rlvr-answer-correct", "rlvr", "a number", "answer", "reverse KL", "32 correct"),
+    ("rlvr-answer-incorrect", "rlvr", "a number", "answer", "reverse KL", "32 incorrect"),
+    ("parity-solution-incorrect", "parity-rlvr", "even or odd", "solution", "reverse KL", "32 incorrect"),
+    ("parity-answer-correct", "parity-rlvr", "even or odd", "answer", "reverse KL", "32 correct"),
+    ("parity-answer-incorrect", "parity-rlvr", "even or odd", "answer", "reverse KL", "32 incorrect"),
+    ("forward-correct", "rlvr", "a number", "solution", "forward KL", "the correct of 32"),
+    ("forward-incorrect", "rlvr", "a number", "solution", "forward KL", "the incorrect of 32"),
 ]
 
 PANELS = {  # the figure: title -> arms, in the order of STYLES
@@ -289,6 +294,8 @@ def rollouts_kept(runs):
     lines = ["| arm | first step | mean of the last 10 steps | seeds |", "|---|---|---|---|"]
     for arm in ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect"]:
         rows = [run[arm] for run in runs if arm in run]
+        if not rows:
+            continue
         first = cell([32 * row["first"]["kept_frac"] for row in rows])
         last = cell([32 * row["last_10"]["kept_frac"] for row in rows])
         lines.append(f"| {arm} | {first} | {last} | {len(rows)} |")
@@ -322,14 +329,14 @@ def three_stages(runs):
 
 
 def which_rollouts(runs):
-    """Markdown: the filters under two divergences, and at equal budgets, against RLVR."""
-    lines = ["| rollouts | divergence | a step trains on | accuracy, points | length, % | seeds |",
-        "|---|---|---|---|---|---|"]
-    for arm, divergence, kept, budget in FILTERS:
-        pairs = pairs_of(runs, arm, "rlvr")
-        accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
-        lines.append(f"| {kept} | {divergence} | {budget} | {accuracy_change} | {length_change} "
-            f"| {len(pairs)} |")
+    """Markdown: the main arms, each against the checkpoint that it starts from."""
+    lines = ["| asked for | teacher is shown | divergence | a step trains on | accuracy, points | length, % | seeds |",
+        "|---|---|---|---|---|---|---|"]
+    for arm, start, *cells in WHICH:
+        pairs = pairs_of(runs, arm, start)
+        if pairs:
+            cells += [cell(points(pairs), "+"), cell(percents(pairs), "+"), str(len(pairs))]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def test_every_arm_of_a_table_has_a_command_that_can_be_run():
     shown = {arm for _, names in results.TABLES.values() for arm in names}
     shown |= {f"{start}-{context}-{kept}" for start in results.HYPOTHESIS.values() for context in arms.CONTEXTS
         for kept in arms.FILTERS}
-    shown |= {arm for pair in results.PAIRS for arm in pair} | {arm for arm, *_ in results.FILTERS}
+    shown |= {arm for pair in results.PAIRS for arm in pair} | {arm for arm, *_ in results.WHICH}
     assert shown <= commands.keys()
     assert commands["sft"] == "python sft.py" and commands["rlvr"] == "python rlvr.py --init ckpt/sft"
     assert commands["rlvr-15-answer-incorrect"] == ("python opsd.py --init ckpt/rlvr-15 --eval-every 40 "
