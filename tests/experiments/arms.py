@@ -79,7 +79,7 @@ GROUPS = {  # name -> commands, in the order in which they are run
         python opsd.py --init ckpt/rlvr --only-incorrect --divergence jsd --out ckpt/jsd-incorrect
         python opsd.py --init ckpt/rlvr --divergence split --out ckpt/split-all""",
     "parity-start": """
-        python sft.py --init ckpt/sft --data arithmetic:parity --steps 400 --lr 1e-3 --out ckpt/parity-sft
+        python sft.py --data arithmetic:parity --privileged-frac 0.4 --steps 1400 --out ckpt/parity-sft
         python rlvr.py --init ckpt/parity-sft --steps 15 --out ckpt/parity-rlvr""",
     "parity": parity_arms(),
     "search": search_arms(),
