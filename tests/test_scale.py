@@ -290,7 +290,7 @@ def assert_same_files(ours, theirs):
     tensors, tensors_of_one = weights(ours), weights(theirs)
     assert tensors.keys() == tensors_of_one.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, tensors_of_one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, tensors_of_one[name], rtol=1e-4, atol=5e-5)
     state, state_of_one = (torch.load(folder / "trainer_state.pt") for folder in (ours, theirs))
     assert state.keys() == state_of_one.keys()
     for saved, saved_of_one in zip(tensors_of(state), tensors_of(state_of_one), strict=True):
