@@ -79,18 +79,19 @@ WHICH = [  # arm, start, what is asked for, what the teacher is shown, divergenc
     ("forward-incorrect", "rlvr", "a number", "solution", "forward KL", "the incorrect of 32"),
 ]
 
-PANELS = {  # the figure: title -> arms, in the order of STYLES
-    "reverse KL": ["only-correct", "only-incorrect", "rlvr-solution-correct", "rlvr-solution-incorrect"],
-    "forward KL": ["forward-correct", "forward-incorrect", "forward-correct-matched",
-        "forward-incorrect-matched"],
+PANELS = {  # the figure: title -> the start, and the arms in the order of STYLES
+    "asked for a number": ("rlvr", ["rlvr-solution-correct", "rlvr-solution-incorrect", "rlvr-answer-correct",
+        "rlvr-answer-incorrect"]),
+    "asked whether it is even": ("parity-rlvr", ["parity-solution-correct", "parity-solution-incorrect",
+        "parity-answer-correct", "parity-answer-incorrect"]),
 }
 STYLES = [  # label, colour, line, marker; blue and orange differ to colour-blind eyes too (Okabe and Ito)
-    ("only correct", "#0072B2", "-", "o"),
-    ("only incorrect", "#D55E00", "-", "s"),
-    ("only correct, 32 kept a step", "#56B4E9", "--", "o"),
-    ("only incorrect, 32 kept a step", "#E69F00", "--", "s"),
+    ("correct rollouts, solution shown", "#0072B2", "-", "o"),
+    ("incorrect rollouts, solution shown", "#D55E00", "-", "s"),
+    ("correct rollouts, answer shown", "#56B4E9", "--", "o"),
+    ("incorrect rollouts, answer shown", "#E69F00", "--", "s"),
 ]
-LENGTHS, ACCURACIES = (36, 62), (83, 99)  # the limits of both panels
+LENGTHS, ACCURACIES = (36, 74), (55, 100)  # the limits of both panels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def mean_path(runs, arm):
 
 
 def plot(runs, path):
-    """Accuracy against length, a path for each arm over its steps: left reverse KL, right forward KL."""
+    """Accuracy against length, a path for each arm over its steps, in both worlds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -398,21 +399,21 @@ def plot(runs, path):
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(8.3, 5), sharex=True, sharey=True, layout="constrained")
-    start_length, start_accuracy = mean_path(runs, "rlvr")[-1]
-    for axes, (title, names) in zip(panels, PANELS.items()):
-        axes.patch.set_gid(f"panel-{title[:7]}")  # these names let a test find what is drawn
+    for axes, (title, (start, names)) in zip(panels, PANELS.items()):
+        axes.patch.set_gid(f"panel-{start}")  # these names let a test find what is drawn
         for arm, (label, colour, line, marker) in zip(names, STYLES):
+            if not any(arm in run for run in runs):
+                continue
             lengths, accuracies = zip(*mean_path(runs, arm))
             axes.plot(lengths, accuracies, line, color=colour, lw=2, label=label, gid=arm)
             axes.plot(lengths[1:-1], accuracies[1:-1], marker, color=colour, ms=3.5)
             axes.plot(lengths[-1], accuracies[-1], marker, color=colour, ms=9, mec="black", mew=0.8)
-        axes.plot(start_length, start_accuracy, "*", color="black", ms=15, label="RLVR, where all start",
-            gid=f"start-{title[:7]}")
+        axes.plot(*mean_path(runs, names[-1])[0], "*", color="black", ms=15, label="RLVR, where all start")
         axes.set(title=title, xlabel="response length (tokens)", xlim=LENGTHS, ylim=ACCURACIES)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy at T = 1 (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9,
-        title="a mark every 10 steps; the large one is the end of training", title_fontsize=9)
+        title="the large mark is the end of training", title_fontsize=9)
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
