@@ -248,15 +248,15 @@ def by_context(runs, start):
     student's correct rollouts in training; the start's are those of the first step."""
     lines = [f"| context | rollouts | accuracy, % | against {start}, points | length, % | slips, % | of them checked, % "
         "| entropy, nats | forks, % | seeds |", "|---|---|---|---|---|---|---|---|---|---|"]
-    none = f"{start}-none-all"
+    first = f"{start}-solution-correct"  # any arm would do: what its first step measured is the start
     for context in ["", "none", *arms.CONTEXTS]:
         for kept in arms.FILTERS:
             arm = f"{start}-{context}-{kept}" if context else start
-            some = [run for run in runs if arm in run and none in run]
+            some = [run for run in runs if arm in run and first in run]
             if not some or (not context and kept != "all"):
                 continue
             rows = [run[arm] for run in some]
-            measured = [run[arm]["last_10"] if context else run[none]["first"] for run in some]
+            measured = [run[arm]["last_10"] if context else run[first]["first"] for run in some]
             pairs = pairs_of(some, arm, start)
             changes = [cell(points(pairs), "+"), cell(percents(pairs), "+")] if context else ["", ""]
             cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),

@@ -183,11 +183,11 @@ def test_the_table_of_contexts_by_hand():
         return {"accuracy": accuracy, "length": length, "slips": found, "first": measured, "last_10": measured}
 
     runs = [
-        {"a": row(0.8, 60, 1, 0, 0, 9), "a-none-all": row(0.8, 60, 1, 0, 0, 0.2),
+        {"a": row(0.8, 60, 1, 0, 0, 9), "a-solution-correct": row(0.8, 60, 1, 0, 0, 0.2),
             "a-answer-correct": row(0.82, 30, 1, 0, 0, 0.1), "a-answer-incorrect": row(0.79, 36, 1, 0, 0, 0.1)},
-        {"a": row(0.9, 60, 0, 0, 0, 9), "a-none-all": row(0.9, 60, 0, 0, 0, 0.4),
+        {"a": row(0.9, 60, 0, 0, 0, 9), "a-solution-correct": row(0.9, 60, 0, 0, 0, 0.4),
             "a-answer-correct": row(0.94, 30, 3, 1, 1, 0.3)}]
-    start, none, answer, incorrect = results.by_context(runs, "a").splitlines()[2:]
+    start, _, answer, incorrect = results.by_context(runs, "a").splitlines()[2:]
     assert start == "| the start |  | 85.0 ± 63.5 |  |  | 0.5 ± 6.4 | 0.0 | 0.300 | 15.0 | 2 |"
     assert answer == ("| answer | correct | 88.0 ± 76.2 | +3.0 ± 12.7 | -50.0 ± 0.0 | 2.0 ± 12.7 | 33.3 ± 423.5 "
         "| 0.200 | 10.0 | 2 |")
