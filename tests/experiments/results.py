@@ -62,6 +62,7 @@ PAIRS = [("only-incorrect", "only-correct"), ("forward-incorrect", "forward-corr
     ("parity-solution-incorrect", "parity-solution-correct"), ("parity-answer-incorrect", "parity-answer-correct"),
     *[(f"{name}-incorrect", f"{name}-correct") for name in arms.SEARCH]]
 
+EACH_PARITY = "A world with two answers, each seed: accuracy (box against chain)"
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
 WHICH = [  # arm, start, what is asked for, what the teacher is shown, divergence, what a step trains on
@@ -315,6 +316,17 @@ def accuracy_of_each_seed(runs):
     return "\n".join(lines)
 
 
+def parity_of_each_seed(runs):
+    """Markdown: the same of the world with two answers: accuracy, and the share that is against its own chain."""
+    titles = " | ".join(f"seed {seed}, %" for seed in range(len(runs)))
+    lines = [f"| arm | {titles} |", "|---" * (len(runs) + 1) + "|"]
+    for arm in PARITY:
+        if all(arm in run for run in runs):
+            cells = " | ".join(f"{100 * run[arm]['accuracy']:.1f} ({against_chain([run[arm]])})" for run in runs)
+            lines.append(f"| {arm} | {cells} |")
+    return "\n".join(lines)
+
+
 def three_stages(runs):
     """Markdown: each stage's mean with the range of the seeds, and its change against the stage before."""
     lines = ["| stage | accuracy, % | change, points | length, tokens | change, % |", "|---|---|---|---|---|"]
@@ -354,6 +366,7 @@ def page_tables(runs):
     tables[CONTRASTS] = contrasts(runs)
     tables[KEPT] = rollouts_kept(runs)
     tables[EACH_SEED] = accuracy_of_each_seed(runs)
+    tables[EACH_PARITY] = parity_of_each_seed(runs)
     tables[ANATOMY] = anatomy.tables(anatomy.load())
     return tables
 

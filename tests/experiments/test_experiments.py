@@ -18,7 +18,7 @@ from rollout import Problem
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 TITLES = [*results.TABLES, *results.HYPOTHESIS, results.HINDSIGHT, results.CONTRASTS, results.KEPT,
-    results.EACH_SEED, results.ANATOMY]
+    results.EACH_SEED, results.EACH_PARITY, results.ANATOMY]
 
 
 # ------------------------------------------------------------------------------------------------------------
