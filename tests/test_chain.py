@@ -195,7 +195,7 @@ def test_chain_on_your_own_problems(tmp_path, monkeypatch, luck):
     write_rows(tmp_path / "mine.jsonl", word_problems())
     status, out, _ = run_stage(sft, TINY, "--data mine.jsonl --steps 40 --warmup-steps 3")
     assert status == 0 and next_command(out) == ["rlvr.py", "--init", "ckpt/sft"]
-    for stage, flag in [(rlvr, "--kl-coef 0.1"), (opsd, "")]:
+    for stage, flag in [(rlvr, "--kl-coef 0.1"), (opsd, "--match-budget --truncated correct")]:
         status, out, _ = run_stage(stage, *next_command(out)[1:], TINY, "--steps 2", flag)
         assert status == 0 and "data: mine.jsonl (" in out
     for name in ("sft", "rlvr", "opsd"):
