@@ -41,10 +41,10 @@ import torch.nn.functional as F
 from rollout import Formatter, Head, Interrupt, Problem, add_run_flags, append_jsonl, check_context
 from rollout import clip_gradients, collate, draw, evaluate, fail, fitting, fitting_prompts
 from rollout import in_chunks, k3_kl, label_rollouts, load_initial, load_model, load_problems
-from rollout import log_samples, make_sampler, merge, micro_batches, not_negative, number, once
-from rollout import parse_args, positive, render_prompt, require_solutions, reshard
-from rollout import response_hidden_states, run_in, save_checkpoint, shard, share, start_run, sum_of
-from rollout import summarize, train_mode
+from rollout import log_prob_and_entropy, log_samples, make_sampler, merge, micro_batches
+from rollout import not_negative, number, once, parse_args, positive, render_prompt
+from rollout import require_solutions, reshard, response_hidden_states, run_in, save_checkpoint
+from rollout import shard, share, start_run, sum_of, summarize, train_mode
 from verify import verify_batch
 
 
@@ -166,19 +166,15 @@ def chunked_values(student_hidden, teacher_hidden, student_head, teacher_head, i
         with torch.no_grad():
             teacher_logits = teacher_head(teacher_chunk) / temperature
         student_logits = student_head(student_chunk) / temperature
-        measured = entropy_and_log_prob(student_logits, ids_chunk)
-        return (divergence(student_logits, teacher_logits, kind, beta, correct_chunk), *measured)
+        with torch.no_grad():
+            log_probs = F.log_softmax(student_logits.float(), -1)  # (n, V)
+            log_prob, entropy = log_prob_and_entropy(log_probs, ids_chunk)
+            del log_probs  # before `divergence` makes its own
+        values = divergence(student_logits, teacher_logits, kind, beta, correct_chunk)
+        return values, entropy, log_prob
 
     return in_chunks(of_chunk, student_head.out_features, student_hidden, teacher_hidden, ids,
         is_correct)
-
-
-@torch.no_grad()
-def entropy_and_log_prob(logits, ids):
-    """At each position, (N, V), (N,) -> (N,) each. What it holds is gone before `divergence`."""
-    log_probs = F.log_softmax(logits.float(), -1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return entropy, log_probs.gather(1, ids[:, None])[:, 0]
 
 
 def teacher_length(rollout):

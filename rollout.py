@@ -1028,13 +1028,18 @@ def token_log_probs(model, input_ids, response_mask, temperature=1.0):
 
     def score(hidden, targets):  # (n, H), (n,)
         log_probs = F.log_softmax(head(hidden).float() / temperature, -1)  # (n, V)
-        entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
-        return log_probs.gather(1, targets[:, None])[:, 0], entropy
+        return log_prob_and_entropy(log_probs, targets)
 
     hidden = response_hidden_states(model, input_ids, response_mask)
     log_probs, entropy = in_chunks(
         score, head.out_features, hidden, input_ids[response_mask])  # (N,) each
     return scatter(log_probs, response_mask), scatter(entropy, response_mask)
+
+
+def log_prob_and_entropy(log_probs, ids):
+    """Of the ids (N,), and of the distributions that log_probs (N, V) are: (N,) each."""
+    entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
+    return log_probs.gather(1, ids[:, None])[:, 0], entropy
 
 
 def scatter(values, response_mask):
