@@ -8,32 +8,22 @@ import re
 
 # The hypothesis: hindsight corrects short outputs, and only finds redundancy in long thinking. Every arm trains
 # on 32 kept rollouts a step, under reverse KL.
-STARTS = ["rlvr", "rlvr-15", "short-rlvr", "short-rlvr-15"]
 CONTEXTS = ["solution", "answer", "concise", "other-solution"]
 FILTERS = {"all": "", "correct": "--only-correct --match-budget", "incorrect": "--only-incorrect --match-budget"}
+
+
+def grid(name, flags, contexts):
+    """The commands of some contexts, each with all filters."""
+    return "\n".join(f"python opsd.py {flags} --context {context} {kept_flags} --out ckpt/{name}-{context}-{kept}"
+        for context in contexts for kept, kept_flags in FILTERS.items())
 
 
 def contexts_from(start):
     """The commands of all contexts and filters from one start. With --context none the loss is 0, whatever is
     kept: one arm."""
-    thinking = " --no-thinking" if start.startswith("short") else ""
-    made = [f"python opsd.py --init ckpt/{start}{thinking} --eval-every 40 --context none --out ckpt/{start}-none-all"]
-    for context in CONTEXTS:
-        for kept, flags in FILTERS.items():
-            made.append(f"python opsd.py --init ckpt/{start}{thinking} --eval-every 40 --context {context} {flags} "
-                f"--out ckpt/{start}-{context}-{kept}")
-    return "\n".join(made)
-
-
-def parity_arms():
-    """The commands of the world with two answers. Longer than usual: a student that is nearly certain of what it
-    reads off its chain has small gradients there."""
-    made = []
-    for context in ["solution", "answer"]:
-        for kept, flags in FILTERS.items():
-            made.append(f"python opsd.py --init ckpt/parity-rlvr --steps 60 --lr 5e-4 --eval-every 30 "
-                f"--context {context} {flags} --out ckpt/parity-{context}-{kept}")
-    return "\n".join(made)
+    flags = f"--init ckpt/{start}{' --no-thinking' if start.startswith('short') else ''} --eval-every 40"
+    none = f"python opsd.py {flags} --context none --out ckpt/{start}-none-all"
+    return "\n".join([none, grid(start, flags, CONTEXTS)])
 
 
 def search_arms():
@@ -81,7 +71,8 @@ GROUPS = {  # name -> commands, in the order in which they are run
     "parity-start": """
         python sft.py --data arithmetic:parity --privileged-frac 0.4 --steps 1400 --out ckpt/parity-sft
         python rlvr.py --init ckpt/parity-sft --steps 15 --out ckpt/parity-rlvr""",
-    "parity": parity_arms(),
+    # Longer than usual: a student that is nearly certain of what it reads off its chain has small gradients there.
+    "parity": grid("parity", "--init ckpt/parity-rlvr --steps 60 --lr 5e-4 --eval-every 30", ["solution", "answer"]),
     "search": search_arms(),
     "controls": f"""
         python opsd.py --init ckpt/rlvr --only-correct --context wrong-answer --out ckpt/context-wrong-answer
@@ -115,5 +106,5 @@ def commands(names=GROUPS):
     made = {}
     for group, text in GROUPS.items():
         for command in filter(None, map(str.strip, text.splitlines())):
-            made[group, arm_of(command)] = command
+            made[group, arm_of(command)] = " ".join(command.split())
     return {arm: command for name in names for (group, arm), command in made.items() if name in (group, arm)}

@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import arms
 
@@ -159,10 +160,6 @@ def mean_and_half_width(values):
     return mean, T95.get(n, 1.96) * deviation / n**0.5 if n > 1 else float("nan")
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def cell(values, sign=""):
     """Mean ± half the interval; sign "+" writes the sign of a change."""
     mean, half = mean_and_half_width(values)
@@ -262,28 +259,16 @@ def by_context(runs, start):
             changes = [cell(points(pairs), "+"), cell(percents(pairs), "+")] if context else ["", ""]
             cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
                 *changes, *slip_cells(rows),
-                f"{mean([m['entropy_correct'] for m in measured]):.3f}",
-                f"{100 * mean([m['forks_correct'] for m in measured]):.1f}", str(len(rows))]
+                f"{fmean(m['entropy_correct'] for m in measured):.3f}",
+                f"{100 * fmean(m['forks_correct'] for m in measured):.1f}", str(len(rows))]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
-def hindsight(runs):
-    """Markdown: for each start and context, what training on incorrect rollouts adds to that on correct ones."""
-    lines = ["| start | context | accuracy, points | length, % | seeds |", "|---|---|---|---|---|"]
-    for start in HYPOTHESIS.values():
-        for context in arms.CONTEXTS:
-            pairs = pairs_of(runs, f"{start}-{context}-incorrect", f"{start}-{context}-correct")
-            if pairs:
-                lines.append(f"| {start} | {context} | {cell(points(pairs), '+')} | {cell(percents(pairs), '+')} "
-                    f"| {len(pairs)} |")
-    return "\n".join(lines)
-
-
-def contrasts(runs):
+def contrasts(runs, compared):
     """Markdown: one arm minus another of the same seed, from the same start: what both share cancels."""
     lines = ["| arm | minus | accuracy, points | length, % | seeds |", "|---|---|---|---|---|"]
-    for arm, other in PAIRS:
+    for arm, other in compared:
         pairs = pairs_of(runs, arm, other)
         if pairs:
             accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
@@ -304,27 +289,22 @@ def rollouts_kept(runs):
     return "\n".join(lines)
 
 
-def accuracy_of_each_seed(runs):
-    """Markdown: where some seeds collapse and others do not, a mean says little."""
+def each_seed(runs, names, show):
+    """Markdown: where some seeds collapse and others do not, a mean says little. show: a row -> its cell."""
     titles = " | ".join(f"seed {seed}, %" for seed in range(len(runs)))
     lines = [f"| arm | {titles} |", "|---" * (len(runs) + 1) + "|"]
-    for arm in ["rlvr", *TABLES["Teachers, 100 steps"][1]]:
-        if not all(arm in run for run in runs):
-            continue
-        cells = " | ".join(f"{100 * run[arm]['accuracy']:.1f}" for run in runs)
-        lines.append(f"| {arm} | {cells} |")
-    return "\n".join(lines)
-
-
-def parity_of_each_seed(runs):
-    """Markdown: the same of the world with two answers: accuracy, and the share that is against its own chain."""
-    titles = " | ".join(f"seed {seed}, %" for seed in range(len(runs)))
-    lines = [f"| arm | {titles} |", "|---" * (len(runs) + 1) + "|"]
-    for arm in PARITY:
+    for arm in names:
         if all(arm in run for run in runs):
-            cells = " | ".join(f"{100 * run[arm]['accuracy']:.1f} ({against_chain([run[arm]])})" for run in runs)
-            lines.append(f"| {arm} | {cells} |")
+            lines.append(f"| {arm} | " + " | ".join(show(run[arm]) for run in runs) + " |")
     return "\n".join(lines)
+
+
+def accuracy_cell(row):
+    return f"{100 * row['accuracy']:.1f}"
+
+
+def faithful_cell(row):
+    return f"{accuracy_cell(row)} ({against_chain([row])})"
 
 
 def three_stages(runs):
@@ -362,11 +342,12 @@ def page_tables(runs):
         tables[title] = f"{table(runs, base, names)}\n\n{how_to_make(names)}"
     for title, start in HYPOTHESIS.items():
         tables[title] = f"{by_context(runs, start)}\n\n{how_to_make_contexts(start)}"
-    tables[HINDSIGHT] = hindsight(runs)
-    tables[CONTRASTS] = contrasts(runs)
+    tables[HINDSIGHT] = contrasts(runs, [(f"{start}-{context}-incorrect", f"{start}-{context}-correct")
+        for start in HYPOTHESIS.values() for context in arms.CONTEXTS])
+    tables[CONTRASTS] = contrasts(runs, PAIRS)
     tables[KEPT] = rollouts_kept(runs)
-    tables[EACH_SEED] = accuracy_of_each_seed(runs)
-    tables[EACH_PARITY] = parity_of_each_seed(runs)
+    tables[EACH_SEED] = each_seed(runs, ["rlvr", *TABLES["Teachers, 100 steps"][1]], accuracy_cell)
+    tables[EACH_PARITY] = each_seed(runs, PARITY, faithful_cell)
     tables[ANATOMY] = anatomy.tables(anatomy.load())
     return tables
 
