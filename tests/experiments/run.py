@@ -66,12 +66,15 @@ def make(arm, command, seed):
 
 
 def work(seeds, names):
-    """Arm after arm. Another process may do the same: a lock says who makes an arm."""
+    """Arm after arm. Another process may do the same: a lock says who makes an arm. Ends with an error if what is
+    left starts from checkpoints that nobody makes."""
+    before = None  # what was left the last time that there was nothing to do
     while True:
         left = [(seed, arm, command) for arm, command in arms.commands(names).items() for seed in seeds
             if not done(Path(f"ckpt/seed{seed}/{arm}"))]
         if not left:
             return
+        others_work = False
         for seed, arm, command in left:
             folder = Path(f"ckpt/seed{seed}")
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +82,18 @@ def work(seeds, names):
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    continue  # another process makes it
+                    others_work = True
+                    continue
                 if is_ready(command, seed) and not done(folder / arm):
                     make(arm, command, seed)
                     break
         else:
+            if left == before and not others_work:
+                seed, arm, command = left[0]
+                print(f"error: seed {seed}: what {arm} starts from is not there: run all, or name it in --only, too: "
+                    f"{command}", file=sys.stderr)
+                sys.exit(2)
+            before = left
             time.sleep(5)  # until another process has made what the rest starts from
 
 

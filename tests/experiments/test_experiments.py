@@ -106,6 +106,13 @@ def test_arms_are_made_once_and_after_what_they_start_from(tmp_path, monkeypatch
     assert made == ["sft", "a", "b"]
 
 
+def test_an_arm_whose_start_nobody_makes_is_refused(tmp_path, monkeypatch, fails_with):
+    """`--only paper` without `start` waited for ever, and said nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    fails_with(lambda: run.work([3], ["paper"]), "seed 3", "only-correct", "--init ckpt/rlvr")
+
+
 def test_an_interrupted_arm_goes_on_from_its_save(tmp_path, monkeypatch):
     """Started anew, a stop costs what was trained; resumed with --init, a stage refuses. It is judged in the end,
     and counts as done only then."""
