@@ -167,9 +167,8 @@ def chunked_values(student_hidden, teacher_hidden, student_head, teacher_head, i
             teacher_logits = teacher_head(teacher_chunk) / temperature
         student_logits = student_head(student_chunk) / temperature
         with torch.no_grad():
-            log_probs = F.log_softmax(student_logits.float(), -1)  # (n, V)
-            log_prob, entropy = log_prob_and_entropy(log_probs, ids_chunk)
-            del log_probs  # before `divergence` makes its own
+            log_prob, entropy = log_prob_and_entropy(
+                F.log_softmax(student_logits.float(), -1), ids_chunk)
         values = divergence(student_logits, teacher_logits, kind, beta, correct_chunk)
         return values, entropy, log_prob
 

@@ -333,7 +333,7 @@ FEW = {sft: "", rlvr: "--group-size 2", opsd: ""}
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
 def test_the_engine_sleeps_while_the_trainer_works(base, luck, engines, monkeypatch, stage, resume):
     """Before the first measurement and after --resume, too. And it never works under their autocast."""
-    flags = ["--init", base / "sft", TINY, FEW[stage], "--sampler vllm --steps 4 --eval-every 4"]
+    flags = ["--init", base / "sft", TINY, FEW[stage], "--sampler vllm --steps 6 --eval-every 6"]
     flags += ["--dtype bfloat16"]
     if resume:
         assert run_stage(stage, *flags, "--stop-after 2 --out out")[0] == 0
