@@ -85,9 +85,9 @@ def test_the_readmes_gigabytes_are_computed():
 
 
 SHAPES = {  # what is largest: hidden, intermediate, layers, heads, vocabulary, tokens, tokens of a chunk
-    "logits": (64, 128, 2, 4, 20_000, 512, 128),
-    "gradient of the head": (256, 512, 2, 4, 20_000, 256, 16),
-    "one layer": (256, 1024, 4, 8, 1000, 1024, 16),
+    "logits": (64, 128, 2, 4, 10_000, 256, 64),
+    "gradient of the head": (128, 256, 2, 4, 10_000, 128, 8),
+    "one layer": (128, 512, 3, 4, 500, 384, 16),
 }
 
 

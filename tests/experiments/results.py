@@ -25,24 +25,20 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
+PARITY = ["parity-sft", "parity-rlvr", "parity-answer-correct", "parity-answer-incorrect",
+    "parity-solution-correct", "parity-solution-incorrect"]
 TABLES = {  # title -> the arm that changes are against, and the arms
-    "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "rlvr-solution-all", "only-correct",
-        "only-incorrect"]),
-    "Equal budgets": ("rlvr", ["rlvr-solution-all", "rlvr-solution-correct", "rlvr-solution-incorrect",
-        "forward-correct-matched", "forward-incorrect-matched"]),
-    "Divergences": ("rlvr", ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect",
-        "jsd-correct", "jsd-incorrect", "split-all"]),
-    "Controls": ("rlvr", ["only-correct", "rlvr-none-all", "rlvr-other-solution-correct", "context-wrong-answer",
-        "context-rollout", "token-clip", "shortest-sft"]),
-    "Teachers, 100 steps": ("rlvr", ["frozen-100", "refresh-50", "refresh-1", "ema"]),
-    "OPSD in place of RLVR, and before it": ("sft", ["rlvr", "sft-opsd", "sft-opsd-rlvr", "only-correct"]),
+    "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "all", "only-correct", "only-incorrect"]),
+    "Divergences, at equal budgets": ("rlvr", ["rlvr-solution-correct", "rlvr-solution-incorrect", "jsd-correct",
+        "jsd-incorrect", "forward-correct", "forward-incorrect", "rlvr-solution-all", "split-all"]),
+    "Controls": ("rlvr", ["rlvr-solution-correct", "rlvr-none-all", "rlvr-other-solution-correct",
+        *[f"{name}-correct" for name in arms.CONTROLS], "shortest-sft"]),
+    "Teachers, 100 steps": ("rlvr", ["frozen-100", "refresh-1", "ema"]),
+    "OPSD in place of RLVR": ("sft", ["rlvr", "sft-opsd", "only-correct"]),
+    "A world with two answers": ("parity-rlvr", PARITY),
+    "Where else might incorrect rollouts do harm": ("rlvr-15", [f"{name}-{kept}" for name in arms.SEARCH
+        for kept in arms.BOTH]),
 }
-
-PARITY = ["parity-sft", "parity-rlvr"] + [f"parity-{context}-{kept}" for context in ("solution", "answer")
-    for kept in arms.FILTERS]
-TABLES["A world with two answers"] = ("parity-rlvr", PARITY)
-TABLES["Where else might incorrect rollouts do harm"] = ("rlvr-15", [f"{name}-{kept}" for name in arms.SEARCH
-    for kept in ("correct", "incorrect")])
 
 HYPOTHESIS = {  # title -> the checkpoint that its arms start from
     "Thinking, from the end of RLVR": "rlvr",
@@ -55,30 +51,28 @@ NOT_RUN = "**Not run yet in this world.**"
 
 CONTRASTS, ANATOMY = "Against each other, seed by seed", "What OPSD takes away, and where"
 KEPT, EACH_SEED = "Rollouts kept in a step, of 32", "Teachers, the accuracy of each seed"
-PAIRS = [("only-incorrect", "only-correct"), ("forward-incorrect", "forward-correct"),
-    ("forward-incorrect-matched", "forward-correct-matched"), ("jsd-incorrect", "jsd-correct"),
-    ("only-correct", "rlvr-solution-all"), ("only-correct", "token-clip"), ("only-correct", "shortest-sft"),
-    ("refresh-50", "frozen-100"), ("refresh-1", "frozen-100"), ("only-correct", "sft-opsd"),
-    ("only-correct", "sft-opsd-rlvr"), ("sft-opsd-rlvr", "sft-opsd"),
-    ("parity-solution-incorrect", "parity-solution-correct"), ("parity-answer-incorrect", "parity-answer-correct"),
-    *[(f"{name}-incorrect", f"{name}-correct") for name in arms.SEARCH]]
+PAIRS = [("only-incorrect", "only-correct"), ("rlvr-solution-incorrect", "rlvr-solution-correct"),
+    ("rlvr-solution-correct", "rlvr-answer-correct"),
+    *[(f"{name}-incorrect", f"{name}-correct") for name in [*arms.DIVERGENCES, "parity-answer", "parity-solution",
+        *arms.SEARCH]],
+    *[(name, "rlvr-solution-correct") for name in TABLES["Controls"][1][1:]],
+    ("refresh-1", "frozen-100"), ("ema", "frozen-100"), ("only-correct", "sft-opsd")]
 
 EACH_PARITY = "A world with two answers, each seed: accuracy (box against chain)"
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
 WHICH = [  # arm, start, what is asked for, what the teacher is shown, divergence, what a step trains on
-    ("rlvr-solution-all", "rlvr", "a number", "solution", "reverse KL", "32 sampled"),
     ("only-correct", "rlvr", "a number", "solution", "reverse KL", "the correct of 32"),
     ("only-incorrect", "rlvr", "a number", "solution", "reverse KL", "the incorrect of 32"),
     ("rlvr-solution-correct", "rlvr", "a number", "solution", "reverse KL", "32 correct"),
     ("rlvr-solution-incorrect", "rlvr", "a number", "solution", "reverse KL", "32 incorrect"),
     ("rlvr-answer-correct", "rlvr", "a number", "answer", "reverse KL", "32 correct"),
     ("rlvr-answer-incorrect", "rlvr", "a number", "answer", "reverse KL", "32 incorrect"),
-    ("parity-solution-incorrect", "parity-rlvr", "even or odd", "solution", "reverse KL", "32 incorrect"),
-    ("parity-answer-correct", "parity-rlvr", "even or odd", "answer", "reverse KL", "32 correct"),
-    ("parity-answer-incorrect", "parity-rlvr", "even or odd", "answer", "reverse KL", "32 incorrect"),
-    ("forward-correct", "rlvr", "a number", "solution", "forward KL", "the correct of 32"),
-    ("forward-incorrect", "rlvr", "a number", "solution", "forward KL", "the incorrect of 32"),
+    ("parity-solution-incorrect", "parity-rlvr", "even or odd", "solution", "reverse KL", "16 incorrect"),
+    ("parity-answer-correct", "parity-rlvr", "even or odd", "answer", "reverse KL", "16 correct"),
+    ("parity-answer-incorrect", "parity-rlvr", "even or odd", "answer", "reverse KL", "16 incorrect"),
+    ("forward-correct", "rlvr", "a number", "solution", "forward KL", "32 correct"),
+    ("forward-incorrect", "rlvr", "a number", "solution", "forward KL", "32 incorrect"),
 ]
 
 PANELS = {  # the figure: title -> the start, and the arms in the order of STYLES
@@ -145,8 +139,10 @@ def mean_of_distill(rows):
 
 
 def load_runs(folder=RESULTS):
-    """-> [{arm: row}], one dict a seed."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    """-> [{arm: row}], one dict a seed. An arm that a seed lacks is left out: every row has all seeds."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    in_all = set.intersection(*map(set, runs))
+    return [{arm: row for arm, row in run.items() if arm in in_all} for run in runs]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,7 +207,7 @@ def how_to_make_contexts(start):
 def table(runs, base, names):
     """Markdown: each arm's accuracy, length, truncation and doubt, and its changes against `base`."""
     lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
-        "| truncated, % | doubt | box against chain, % | seeds |", "|---|---|---|---|---|---|---|---|---|"]
+        "| truncated, % | doubt | box against chain, % |", "|---" * 8 + "|"]
     for arm in names:
         pairs = pairs_of(runs, arm, base)
         if not pairs:
@@ -225,7 +221,7 @@ def table(runs, base, names):
         if arm != base:
             accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
         lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
-            f"| {truncated} | {doubt:.2f} | {against_chain(rows)} | {len(pairs)} |")
+            f"| {truncated} | {doubt:.2f} | {against_chain(rows)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
@@ -245,7 +241,7 @@ def by_context(runs, start):
     """Markdown: all contexts and filters from one start, at equal budgets. Entropy and forks are those of the
     student's correct rollouts in training; the start's are those of the first step."""
     lines = [f"| context | rollouts | accuracy, % | against {start}, points | length, % | slips, % | of them checked, % "
-        "| entropy, nats | forks, % | seeds |", "|---|---|---|---|---|---|---|---|---|---|"]
+        "| entropy, nats | forks, % |", "|---" * 9 + "|"]
     first = f"{start}-solution-correct"  # any arm would do: what its first step measured is the start
     for context in ["", "none", *arms.CONTEXTS]:
         for kept in arms.FILTERS:
@@ -260,32 +256,32 @@ def by_context(runs, start):
             cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
                 *changes, *slip_cells(rows),
                 f"{fmean(m['entropy_correct'] for m in measured):.3f}",
-                f"{100 * fmean(m['forks_correct'] for m in measured):.1f}", str(len(rows))]
+                f"{100 * fmean(m['forks_correct'] for m in measured):.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
 def contrasts(runs, compared):
     """Markdown: one arm minus another of the same seed, from the same start: what both share cancels."""
-    lines = ["| arm | minus | accuracy, points | length, % | seeds |", "|---|---|---|---|---|"]
+    lines = ["| arm | minus | accuracy, points | length, % |", "|---|---|---|---|"]
     for arm, other in compared:
         pairs = pairs_of(runs, arm, other)
         if pairs:
             accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
-            lines.append(f"| {arm} | {other} | {accuracy_change} | {length_change} | {len(pairs)} |")
-    return "\n".join(lines)
+            lines.append(f"| {arm} | {other} | {accuracy_change} | {length_change} |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
 def rollouts_kept(runs):
     """Markdown: how many rollouts each filter keeps of a step's 32, at first and at the end."""
-    lines = ["| arm | first step | mean of the last 10 steps | seeds |", "|---|---|---|---|"]
-    for arm in ["only-correct", "only-incorrect", "forward-correct", "forward-incorrect"]:
+    lines = ["| arm | first step | mean of the last 10 steps |", "|---|---|---|"]
+    for arm in ["only-correct", "only-incorrect"]:
         rows = [run[arm] for run in runs if arm in run]
         if not rows:
             continue
         first = cell([32 * row["first"]["kept_frac"] for row in rows])
         last = cell([32 * row["last_10"]["kept_frac"] for row in rows])
-        lines.append(f"| {arm} | {first} | {last} | {len(rows)} |")
+        lines.append(f"| {arm} | {first} | {last} |")
     return "\n".join(lines)
 
 
@@ -323,12 +319,12 @@ def three_stages(runs):
 
 def which_rollouts(runs):
     """Markdown: the main arms, each against the checkpoint that it starts from."""
-    lines = ["| asked for | teacher is shown | divergence | a step trains on | accuracy, points | length, % | seeds |",
-        "|---|---|---|---|---|---|---|"]
+    lines = ["| asked for | teacher is shown | divergence | a step trains on | accuracy, points | length, % |",
+        "|---|---|---|---|---|---|"]
     for arm, start, *cells in WHICH:
         pairs = pairs_of(runs, arm, start)
         if pairs:
-            cells += [cell(points(pairs), "+"), cell(percents(pairs), "+"), str(len(pairs))]
+            cells += [cell(points(pairs), "+"), cell(percents(pairs), "+")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

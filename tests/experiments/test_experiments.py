@@ -51,8 +51,8 @@ def test_every_arm_of_a_table_has_a_command_that_can_be_run():
     shown |= {arm for pair in results.PAIRS for arm in pair} | {arm for arm, *_ in results.WHICH}
     assert shown <= commands.keys()
     assert commands["sft"] == "python sft.py" and commands["rlvr"] == "python rlvr.py --init ckpt/sft"
-    assert commands["rlvr-15-answer-incorrect"] == ("python opsd.py --init ckpt/rlvr-15 --eval-every 40 "
-        "--context answer --only-incorrect --match-budget --out ckpt/rlvr-15-answer-incorrect")
+    assert commands["rlvr-15-answer-incorrect"] == ("python opsd.py --init ckpt/rlvr-15 --steps 20 --lr 4e-4 "
+        "--eval-every 10 --context answer --only-incorrect --match-budget --out ckpt/rlvr-15-answer-incorrect")
     assert set(re.findall(r"--init ckpt/(\S+)", "\n".join(commands.values()))) <= commands.keys()
 
 
@@ -195,11 +195,18 @@ def test_the_table_of_contexts_by_hand():
         {"a": row(0.9, 60, 0, 0, 0, 9), "a-solution-correct": row(0.9, 60, 0, 0, 0, 0.4),
             "a-answer-correct": row(0.94, 30, 3, 1, 1, 0.3)}]
     start, _, answer, incorrect = results.by_context(runs, "a").splitlines()[2:]
-    assert start == "| the start |  | 85.0 ± 63.5 |  |  | 0.5 ± 6.4 | 0.0 | 0.300 | 15.0 | 2 |"
+    assert start == "| the start |  | 85.0 ± 63.5 |  |  | 0.5 ± 6.4 | 0.0 | 0.300 | 15.0 |"
     assert answer == ("| answer | correct | 88.0 ± 76.2 | +3.0 ± 12.7 | -50.0 ± 0.0 | 2.0 ± 12.7 | 33.3 ± 423.5 "
-        "| 0.200 | 10.0 | 2 |")
-    assert incorrect.startswith("| answer | incorrect | 79.0 | -1.0 | -40.0 |") and incorrect.endswith("| 1 |")
+        "| 0.200 | 10.0 |")
+    assert incorrect.startswith("| answer | incorrect | 79.0 | -1.0 | -40.0 |")
     assert results.by_context([{}], "a") == results.NOT_RUN
+
+
+def test_an_arm_that_a_seed_lacks_is_no_row(tmp_path):
+    """A mean over three seeds beside one over five compares seeds, not arms."""
+    for seed, names in enumerate(["ab", "bc", "b"]):
+        (tmp_path / f"seed{seed}.json").write_text(json.dumps({name: seed for name in names}))
+    assert results.load_runs(tmp_path) == [{"b": 0}, {"b": 1}, {"b": 2}]
 
 
 def test_a_seeds_folder_is_read(tmp_path, monkeypatch):
