@@ -6,14 +6,17 @@ results.py shows the commands beside its tables.
 
 import re
 
-# The hypothesis: hindsight corrects short outputs, and only finds redundancy in long thinking. Every arm trains
-# on 32 kept rollouts a step, under reverse KL. 20 steps at 4e-4 shorten as much as the default's 40 at 2e-4.
+# The hypothesis: hindsight corrects short outputs, and only finds redundancy in long thinking.
 CONTEXTS = ["solution", "answer", "concise", "other-solution"]
 FILTERS = {"all": "", "correct": "--only-correct --match-budget", "incorrect": "--only-incorrect --match-budget"}
+BOTH = ["correct", "incorrect"]
+# 32 kept rollouts a step, reverse KL. 20 steps at 4e-4 shorten as much as the default's 40 at 2e-4.
 BRIEF = "--steps 20 --lr 4e-4 --eval-every 10"
+# A student that is nearly certain of what it reads off its chain has small gradients there.
+LONG = "--steps 150 --lr 5e-4 --batch-size 16 --eval-every 30"
 
 
-def grid(name, flags, contexts, filters=FILTERS):
+def grid(name, flags, contexts, filters):
     """The commands of some contexts, each with some filters."""
     return "\n".join(f"python opsd.py {flags} --context {context} {FILTERS[kept]} --out ckpt/{name}-{context}-{kept}"
         for context in contexts for kept in filters)
@@ -23,7 +26,7 @@ def contexts_from(start):
     """The commands of all contexts and filters from one start. With --context none the loss is 0, whatever is
     kept: one arm."""
     flags = f"--init ckpt/{start}{' --no-thinking' if start.startswith('short') else ''} {BRIEF}"
-    return "\n".join([grid(start, flags, ["none"], ["all"]), grid(start, flags, CONTEXTS)])
+    return "\n".join([grid(start, flags, ["none"], ["all"]), grid(start, flags, CONTEXTS, FILTERS)])
 
 
 def variants(start, changes, filters):
@@ -32,7 +35,6 @@ def variants(start, changes, filters):
         for name, flags in changes.items() for kept in filters)
 
 
-BOTH = ["correct", "incorrect"]
 DIVERGENCES = {"forward": f"{BRIEF} --divergence forward", "jsd": f"{BRIEF} --divergence jsd"}
 CONTROLS = {
     "wrong-answer": f"{BRIEF} --context wrong-answer",
@@ -42,11 +44,9 @@ CONTROLS = {
 SEARCH = {  # where else might incorrect rollouts do harm?
     "hot": f"{BRIEF} --temperature 1.5",
     "cut-off": f"{BRIEF} --max-new-tokens 48",  # most incorrect rollouts are truncated ones
-    "long": "--steps 60 --lr 4e-4 --eval-every 20 --context answer",
+    "long": f"{LONG} --context answer",
 }
 SHORTEST = "python eval.py ckpt/rlvr --train --problems 640 --n 8 --shortest ckpt/shortest.jsonl"
-# Longer than usual: a student that is nearly certain of what it reads off its chain has small gradients there.
-PARITY = "--init ckpt/parity-rlvr --steps 150 --lr 5e-4 --batch-size 16 --eval-every 30"
 GROUPS = {  # name -> commands, in the order in which they are run
     "start": """
         python sft.py
@@ -60,7 +60,7 @@ GROUPS = {  # name -> commands, in the order in which they are run
     "parity-start": """
         python sft.py --data arithmetic:parity --privileged-frac 0.4 --steps 1400 --out ckpt/parity-sft
         python rlvr.py --init ckpt/parity-sft --steps 15 --out ckpt/parity-rlvr""",
-    "parity": grid("parity", PARITY, ["answer"], BOTH) + "\n" + grid("parity", PARITY, ["solution"], BOTH),
+    "parity": grid("parity", f"--init ckpt/parity-rlvr {LONG}", ["answer", "solution"], BOTH),
     "thinking": contexts_from("rlvr"),
     "thinking-early": contexts_from("rlvr-15"),
     "no-thinking-start": """

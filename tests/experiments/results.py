@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import arms
 
@@ -151,9 +151,8 @@ def load_runs(folder=RESULTS):
 
 def mean_and_half_width(values):
     """Mean and half the 95 % interval (Student's t); one value has none."""
-    n, mean = len(values), sum(values) / len(values)
-    deviation = (sum((v - mean) ** 2 for v in values) / max(1, n - 1)) ** 0.5
-    return mean, T95.get(n, 1.96) * deviation / n**0.5 if n > 1 else float("nan")
+    n = len(values)
+    return fmean(values), T95.get(n, 1.96) * stdev(values) / n**0.5 if n > 1 else float("nan")
 
 
 def cell(values, sign=""):
@@ -262,7 +261,7 @@ def by_context(runs, start):
 
 
 def contrasts(runs, compared):
-    """Markdown: one arm minus another of the same seed, from the same start: what both share cancels."""
+    """Markdown: one arm minus another of the same seed. What both share, such as their start, cancels."""
     lines = ["| arm | minus | accuracy, points | length, % |", "|---|---|---|---|"]
     for arm, other in compared:
         pairs = pairs_of(runs, arm, other)

@@ -1,7 +1,7 @@
 """Runs every arm of the experiments for each seed, judges it, and collects the figures.
 
-    python tests/experiments/run.py 0 1 2 3 4                       # all of it, on one core
-    python tests/experiments/run.py 0 1 2 3 4 --jobs 2              # on two cores
+    python tests/experiments/run.py 0 1 2 3 4                       # all of it
+    python tests/experiments/run.py 0 1 2 3 4 --jobs 2              # on two cores, a thread each
     python tests/experiments/run.py 0 --only start rlvr-answer-all  # some groups or arms of arms.py
 
 What is finished is not repeated, and a run that was interrupted goes on from its last save. An arm of seed 3 is
