@@ -1,6 +1,6 @@
-"""What OPSD takes away, and where: KL by position, label and token, words lost, difficulty, checks.
+"""What OPSD takes away, and where: KL by position, label and token, words lost, difficulty, checks, teachers.
 
-    python tests/experiments/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd     # measures (a minute), prints tables
+    python tests/experiments/anatomy.py ckpt/sft ckpt/rlvr ckpt/opsd     # measures (minutes), prints tables
     python tests/experiments/anatomy.py                                  # prints the committed tables again
 
 On held-out problems of the built-in world. The KL is that of opsd.py's first step: KL(student || teacher),
@@ -16,8 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # eval.py and rollout.py are two folders up
 
-from eval import DOUBT, first_results, teacher_gap  # noqa: E402
-from rollout import HFSampler, evaluate, load_model, load_problems  # noqa: E402
+from eval import DOUBT, box_contradicts, first_results, teacher_gap  # noqa: E402
+from rollout import HFSampler, evaluate, label_rollouts, load_model, load_problems, render_prompt  # noqa: E402
 
 
 def mean(values):
@@ -43,6 +43,7 @@ def measure(paths, count, n):
         **measure_kl(before, after, tokenizer, by_before),
         "difficulty": measure_difficulty(by_sft, by_before, by_after, n),
         "habits": {"before": measure_habits(by_before), "after": measure_habits(by_after)},
+        "teachers": measure_teachers(HFSampler(before, tokenizer), problems, n),
     }
 
 
@@ -109,6 +110,21 @@ def measure_habits(rollouts):
         "checked_after_a_slip": mean([fate != "neither" for slip, fate in steps if slip]),
         "checked_after_a_right_result": mean([fate != "neither" for slip, fate in steps if not slip]),
     }
+
+
+def measure_teachers(sampler, problems, n):
+    """What a model does that is shown each context, when it responds itself: OPSD pulls its student there."""
+    found = {}
+    for context in "solution", "answer", "concise":  # concise shows nothing
+        prompts = [render_prompt(sampler.tokenizer, p, context, getattr(p, context, "")) for p in problems]
+        sampled = sampler.generate(prompts, n, max_new_tokens=192)
+        rollouts = label_rollouts(sampled, problems, sampler.tokenizer)
+        found[context] = {
+            "accuracy": mean([r.label == "correct" for r in rollouts]),
+            "length": mean([len(r.response_ids) for r in rollouts]),
+            "contradictions": mean([box_contradicts(r.text, r.problem.problem) for r in rollouts]),
+        }
+    return found
 
 
 def merge(parts):
@@ -181,6 +197,12 @@ def tables(found):
     for when, row in found["habits"].items():
         cells = " | ".join(show_percent(share) for share in row.values())
         lines.append(f"| {when} | {cells} |")
+
+    lines += ["", "| the teacher is shown | its own responses right, % | length, tokens | box against chain, % |",
+        "|---|---|---|---|"]
+    for context, row in found["teachers"].items():
+        cells = f"{show_percent(row['accuracy'])} | {show(row['length'])} | {show_percent(row['contradictions'])}"
+        lines.append(f"| {context} | {cells} |")
     return "\n".join(lines)
 
 

@@ -61,18 +61,16 @@ PAIRS = [("only-incorrect", "only-correct"), ("rlvr-solution-incorrect", "rlvr-s
 EACH_PARITY = "A world with two answers, each seed: accuracy (box against chain)"
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
-WHICH = [  # arm, start, what is asked for, what the teacher is shown, divergence, what a step trains on
-    ("only-correct", "rlvr", "a number", "solution", "reverse KL", "the correct of 32"),
-    ("only-incorrect", "rlvr", "a number", "solution", "reverse KL", "the incorrect of 32"),
-    ("rlvr-solution-correct", "rlvr", "a number", "solution", "reverse KL", "32 correct"),
-    ("rlvr-solution-incorrect", "rlvr", "a number", "solution", "reverse KL", "32 incorrect"),
-    ("rlvr-answer-correct", "rlvr", "a number", "answer", "reverse KL", "32 correct"),
-    ("rlvr-answer-incorrect", "rlvr", "a number", "answer", "reverse KL", "32 incorrect"),
-    ("parity-solution-incorrect", "parity-rlvr", "even or odd", "solution", "reverse KL", "16 incorrect"),
-    ("parity-answer-correct", "parity-rlvr", "even or odd", "answer", "reverse KL", "16 correct"),
-    ("parity-answer-incorrect", "parity-rlvr", "even or odd", "answer", "reverse KL", "16 incorrect"),
-    ("forward-correct", "rlvr", "a number", "solution", "forward KL", "32 correct"),
-    ("forward-incorrect", "rlvr", "a number", "solution", "forward KL", "32 incorrect"),
+WHICH = [  # arm, start, what is asked for, what the teacher is shown, what a step trains on; reverse KL
+    ("only-correct", "rlvr", "a number", "solution", "the correct of 32"),
+    ("only-incorrect", "rlvr", "a number", "solution", "the incorrect of 32"),
+    ("rlvr-solution-correct", "rlvr", "a number", "solution", "32 correct"),
+    ("rlvr-solution-incorrect", "rlvr", "a number", "solution", "32 incorrect"),
+    ("rlvr-answer-correct", "rlvr", "a number", "answer", "32 correct"),
+    ("rlvr-answer-incorrect", "rlvr", "a number", "answer", "32 incorrect"),
+    ("parity-solution-incorrect", "parity-rlvr", "even or odd", "solution", "16 incorrect"),
+    ("parity-answer-correct", "parity-rlvr", "even or odd", "answer", "16 correct"),
+    ("parity-answer-incorrect", "parity-rlvr", "even or odd", "answer", "16 incorrect"),
 ]
 
 PANELS = {  # the figure: title -> the start, and the arms in the order of STYLES
@@ -318,8 +316,8 @@ def three_stages(runs):
 
 def which_rollouts(runs):
     """Markdown: the main arms, each against the checkpoint that it starts from."""
-    lines = ["| asked for | teacher is shown | divergence | a step trains on | accuracy, points | length, % |",
-        "|---|---|---|---|---|---|"]
+    lines = ["| asked for | teacher is shown | a step trains on | accuracy, points | length, % |",
+        "|---|---|---|---|---|"]
     for arm, start, *cells in WHICH:
         pairs = pairs_of(runs, arm, start)
         if pairs:

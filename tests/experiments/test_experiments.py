@@ -13,7 +13,7 @@ import pages
 import pytest
 import results
 import run
-from rollout import Problem
+from rollout import Problem, Rollout
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
@@ -107,10 +107,10 @@ def test_arms_are_made_once_and_after_what_they_start_from(tmp_path, monkeypatch
 
 
 def test_an_arm_whose_start_nobody_makes_is_refused(tmp_path, monkeypatch, fails_with):
-    """`--only paper` without `start` waited for ever, and said nothing."""
+    """`--only only-correct` without `start` waited for ever, and said nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
-    fails_with(lambda: run.work([3], ["paper"]), "seed 3", "only-correct", "--init ckpt/rlvr")
+    fails_with(lambda: run.work([3], ["only-correct"]), "seed 3", "only-correct", "--init ckpt/rlvr")
 
 
 def test_an_interrupted_arm_goes_on_from_its_save(tmp_path, monkeypatch):
@@ -296,6 +296,24 @@ def test_slips_and_checks_by_hand():
     text = "27+8=33. Wait, 27+8=35 no. 35*2=70. 70-1=69. Wait, 70-1=69 ok."
     assert anatomy.measure_habits([SimpleNamespace(text=text, problem=Problem("", ""))]) == {"slips": pytest.approx(1 / 3),
         "checked_after_a_slip": 1, "checked_after_a_right_result": 0.5}
+
+
+def test_teachers_by_hand(tokenizer):
+    """Two responses to one problem, the same whatever is shown: one is right; the other boxes 71 after a chain
+    that ends in 72. What is shown stands in the prompt."""
+    problem = Problem("Compute 36*2.", "72", "36*2=72.")
+    prompts = []
+
+    def generate(given, n, max_new_tokens):
+        prompts.extend(tokenizer.decode(ids) for ids in given)
+        texts = [rf"<think>36*2=72.</think>\boxed{{{box}}}<|end|>" for box in (72, 71)]
+        return [Rollout([], tokenizer.encode(text), [], True) for text in texts]
+
+    found = anatomy.measure_teachers(SimpleNamespace(tokenizer=tokenizer, generate=generate), [problem], 2)
+    length = len(tokenizer.encode(r"<think>36*2=72.</think>\boxed{72}<|end|>"))
+    assert found == dict.fromkeys(["solution", "answer", "concise"],
+        {"accuracy": 0.5, "length": length, "contradictions": 0.5})
+    assert ["36*2=72." in prompt for prompt in prompts] == [True, False, False] and "72" in prompts[1]
 
 
 def test_problems_are_sorted_by_what_sft_gets_right():
