@@ -180,6 +180,11 @@ def percents(pairs):
     return [100 * (row["length"] / start["length"] - 1) for row, start in pairs]
 
 
+def changes(pairs):
+    """The two cells: accuracy in points, length in percent."""
+    return [cell(points(pairs), "+"), cell(percents(pairs), "+")]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -216,7 +221,7 @@ def table(runs, base, names):
         doubt = sum(row["doubt"] for row in rows) / len(rows)
         accuracy_change = length_change = ""
         if arm != base:
-            accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
+            accuracy_change, length_change = changes(pairs)
         lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
             f"| {truncated} | {doubt:.2f} | {against_chain(rows)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
@@ -249,9 +254,8 @@ def by_context(runs, start):
             rows = [run[arm] for run in some]
             measured = [run[arm]["last_10"] if context else run[first]["first"] for run in some]
             pairs = pairs_of(some, arm, start)
-            changes = [cell(points(pairs), "+"), cell(percents(pairs), "+")] if context else ["", ""]
             cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
-                *changes, *slip_cells(rows),
+                *(changes(pairs) if context else ["", ""]), *slip_cells(rows),
                 f"{fmean(m['entropy_correct'] for m in measured):.3f}",
                 f"{100 * fmean(m['forks_correct'] for m in measured):.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
@@ -264,7 +268,7 @@ def contrasts(runs, compared):
     for arm, other in compared:
         pairs = pairs_of(runs, arm, other)
         if pairs:
-            accuracy_change, length_change = cell(points(pairs), "+"), cell(percents(pairs), "+")
+            accuracy_change, length_change = changes(pairs)
             lines.append(f"| {arm} | {other} | {accuracy_change} | {length_change} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
@@ -321,8 +325,7 @@ def which_rollouts(runs):
     for arm, start, *cells in WHICH:
         pairs = pairs_of(runs, arm, start)
         if pairs:
-            cells += [cell(points(pairs), "+"), cell(percents(pairs), "+")]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join([*cells, *changes(pairs)]) + " |")
     return "\n".join(lines)
 
 
