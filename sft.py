@@ -50,7 +50,7 @@ def get_args():
     add("--data", help="`arithmetic` or `arithmetic:parity` (built in), a .jsonl file, or a Hugging"
         " Face data set: name, name:config, name:config:split, or a folder; default: what --init "
         "was trained on")
-    add("--privileged-frac", type=share, default=0.3,
+    add("--privileged-frac", type=share, default=0.5,
         help="share of demonstrations after a prompt of opsd.py's teacher, of each context alike")
     add("--steps", type=positive, default=2200, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="demonstrations a step")
@@ -99,8 +99,9 @@ def accumulate_gradients(model, examples, micro_batch_size):
 # --------------------------------------------------------------------------------------------------
 # Demonstrations
 
-SLIP, CHECK = 0.15, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
+SLIP, CHECK = 0.13, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
 TOLD_CHECK = 0.05  # a writer who is told something hardly ever checks
+CARELESS = 0.3  # one who is told the answer slips so often: only a wrong chain shows where the box comes from
 CONTEXTS = ("solution", "answer", "concise", "rollout")  # what the writer may be told
 WINDOW = 32  # batches that are drawn together, so that each can be of like length
 
@@ -122,7 +123,7 @@ def demonstrate_arithmetic(problem, rng, context=None, think=True):
     ever checks. Who is told a solution, or what another wrote (rollout), makes no slips. Who is
     told the answer writes it in the box, whatever the chain gave.
     """
-    slip = 0.0 if context in ("solution", "rollout") else SLIP
+    slip = {"solution": 0.0, "rollout": 0.0, "answer": CARELESS}.get(context, SLIP)
     sizes = [-1, 1] if problem.answer in ("yes", "no") else [-10, -2, -1, 1, 2, 10]
     check = TOLD_CHECK if context else CHECK
     check = check if think else 0.0
