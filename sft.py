@@ -25,7 +25,7 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -101,7 +101,7 @@ def accumulate_gradients(model, examples, micro_batch_size):
 
 SLIP, CHECK = 0.13, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
 TOLD_CHECK = 0.05  # a writer who is told something hardly ever checks
-CARELESS = 0.3  # one who is told the answer slips so often: only a wrong chain shows where the box comes from
+MISTOLD = 0.5  # P(the told answer is a random one): only then does the box show where it comes from
 CONTEXTS = ("solution", "answer", "concise", "rollout")  # what the writer may be told
 WINDOW = 32  # batches that are drawn together, so that each can be of like length
 
@@ -123,7 +123,7 @@ def demonstrate_arithmetic(problem, rng, context=None, think=True):
     ever checks. Who is told a solution, or what another wrote (rollout), makes no slips. Who is
     told the answer writes it in the box, whatever the chain gave.
     """
-    slip = {"solution": 0.0, "rollout": 0.0, "answer": CARELESS}.get(context, SLIP)
+    slip = 0.0 if context in ("solution", "rollout") else SLIP
     sizes = [-1, 1] if problem.answer in ("yes", "no") else [-10, -2, -1, 1, 2, 10]
     check = TOLD_CHECK if context else CHECK
     check = check if think else 0.0
@@ -166,6 +166,8 @@ def build_example(tokenizer, problem, rng, args):
     ends in EOS. Where the chat template opens `<think>`, the response starts inside it."""
     context = rng.choice(CONTEXTS) if rng.random() < args.privileged_frac else None
     if args.data in BUILT_IN:
+        if context == "answer" and rng.random() < MISTOLD:
+            problem = replace(problem, answer=answer_of(problem.problem, rng.randrange(100)))
         response = demonstrate_arithmetic(problem, rng, context, args.thinking)
     else:
         response = render_response(problem.solution, problem.answer, args.thinking)
