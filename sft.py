@@ -51,7 +51,7 @@ def get_args():
         " Face data set: name, name:config, name:config:split, or a folder; default: what --init "
         "was trained on")
     add("--privileged-frac", type=share, default=0.5,
-        help="share of demonstrations after a prompt of opsd.py's teacher, of each context alike")
+        help="share of demonstrations after a prompt of opsd.py's teacher")
     add("--steps", type=positive, default=2200, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="demonstrations a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
@@ -102,7 +102,7 @@ def accumulate_gradients(model, examples, micro_batch_size):
 SLIP, CHECK = 0.13, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
 TOLD_CHECK = 0.05  # a writer who is told something hardly ever checks
 MISTOLD = 0.5  # P(the told answer is a random one): only then does the box show where it comes from
-CONTEXTS = ("solution", "answer", "concise", "rollout")  # what the writer may be told
+CONTEXTS = {"solution": 2, "answer": 3, "concise": 1, "rollout": 1}  # what it may be told: how often
 WINDOW = 32  # batches that are drawn together, so that each can be of like length
 
 
@@ -121,7 +121,8 @@ def demonstrate_arithmetic(problem, rng, context=None, think=True):
 
     context: one of CONTEXTS, what the writer is told; None: nothing. Who is told anything hardly
     ever checks. Who is told a solution, or what another wrote (rollout), makes no slips. Who is
-    told the answer writes it in the box, whatever the chain gave.
+    told the answer writes it in the box, whatever the chain gave. (`build_example` tells half of
+    them a random one.)
     """
     slip = 0.0 if context in ("solution", "rollout") else SLIP
     sizes = [-1, 1] if problem.answer in ("yes", "no") else [-10, -2, -1, 1, 2, 10]
@@ -164,7 +165,8 @@ def demonstration_prompt(tokenizer, problem, context, args):
 def build_example(tokenizer, problem, rng, args):
     """One demonstration. The response is encoded apart from its prompt, as it is when sampled, and
     ends in EOS. Where the chat template opens `<think>`, the response starts inside it."""
-    context = rng.choice(CONTEXTS) if rng.random() < args.privileged_frac else None
+    told = rng.random() < args.privileged_frac
+    context = rng.choices(list(CONTEXTS), CONTEXTS.values())[0] if told else None
     if args.data in BUILT_IN:
         if context == "answer" and rng.random() < MISTOLD:
             problem = replace(problem, answer=answer_of(problem.problem, rng.randrange(100)))

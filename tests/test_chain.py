@@ -59,11 +59,11 @@ def words(flags):
     return [word for x in flags for word in (x.split() if isinstance(x, str) else [str(x)])]
 
 
-def run_stage(stage, *flags):
+def run_stage(stage, *flags, device=DEVICE):
     """Calls main() here as `python stage.py FLAGS` would -> exit status, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv, sys.argv = sys.argv, [f"{stage.__name__}.py", *words(flags), "--device", DEVICE]
+    argv, sys.argv = sys.argv, [f"{stage.__name__}.py", *words(flags), "--device", device]
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

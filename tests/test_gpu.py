@@ -6,7 +6,6 @@
 
 import copy
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -18,8 +17,10 @@ import pytest
 import torch
 from conftest import make_tiny
 from test_bench import run_micro_batch
+from test_chain import read_rows, run_stage
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import eval as eval_stage
 import opsd
 import rlvr
 import rollout
@@ -111,28 +112,25 @@ def test_a_full_gpu_says_what_to_lower(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: out of memory on cuda")
 
 
-def test_the_chain(tmp_path):
+def test_the_chain(tmp_path, monkeypatch):
     """Every stage in bfloat16 with gradient checkpointing, each stopped after a step and resumed; then the
     table. An untrained model gets no answer right, so a reward that likes short responses stands in."""
     (tmp_path / "my_rewards.py").write_text("def score(response, gold): return 1 / (1 + len(response))\n")
-    tiny = "--steps 2 --batch-size 8 --eval-problems 8 --max-new-tokens 128 --dtype bfloat16 --device".split()
-    tiny.append(DEVICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tiny = "--steps 2 --batch-size 8 --eval-problems 8 --max-new-tokens 128 --dtype bfloat16"
 
-    def run(script, *flags):
-        command = [sys.executable, ROOT / script, *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+    def run(stage, *flags):
+        status, out, err = run_stage(stage, *flags, device=DEVICE)
+        assert status == 0, err[-2000:]
+        return out
 
-    for stage, flags in [("sft", []), ("rlvr", ["--init", "ckpt/sft", "--reward", "my_rewards:score"]),
-            ("opsd", ["--init", "ckpt/rlvr"])]:  # fmt: skip
-        run(f"{stage}.py", *flags, "--gradient-checkpointing", "--stop-after", "1", *tiny)
-        run(f"{stage}.py", "--resume", "--out", f"ckpt/{stage}")
-        log = (tmp_path / "ckpt" / stage / "metrics.jsonl").read_text()
-        rows = [json.loads(line) for line in log.splitlines()]
+    for stage, flags in {sft: "", rlvr: "--init ckpt/sft --reward my_rewards:score", opsd: "--init ckpt/rlvr"}.items():
+        run(stage, flags, "--gradient-checkpointing --stop-after 1", tiny)
+        run(stage, f"--resume --out ckpt/{stage.__name__}")
+        rows = read_rows(f"ckpt/{stage.__name__}/metrics.jsonl")
         trained = [row for row in rows if "grad_norm" in row]
         assert len(trained) == 2 and all(row["grad_norm"] > 0 for row in trained), stage
         assert all(row.get("kl/sample_train", 0) < 0.01 for row in rows), stage
-    flags = ["--problems", "8", "--max-new-tokens", "24", "--device", DEVICE]
-    said = run("eval.py", "ckpt/sft", "ckpt/opsd", *flags)
-    assert said.count("ckpt/opsd") == 2
+    said = run(eval_stage, "ckpt/sft ckpt/opsd --problems 8 --max-new-tokens 24")
+    assert said.count("ckpt/opsd") == 3  # a row in each table

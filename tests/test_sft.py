@@ -159,6 +159,7 @@ def test_an_example_is_of_one_context_prompt_and_response(tokenizer, problems, a
     """A solution in the prompt before the response of a writer who had none teaches opsd.py's teacher to slip,
     solution in hand. Each context comes as often as the others, and in --privileged-frac of all."""
     monkeypatch.setattr(sft, "demonstrate_arithmetic", lambda problem, rng, context, think: str(context))
+    monkeypatch.setattr(sft, "MISTOLD", 0.0)
     rng, args, seen = random.Random(0), args_of(sft, "--privileged-frac", 0.8), []
     for i in range(500):
         problem = problems[i % 6]
@@ -169,6 +170,23 @@ def test_an_example_is_of_one_context_prompt_and_response(tokenizer, problems, a
         seen.append(context)
     assert set(seen) == {None, *sft.CONTEXTS}
     assert all(75 < seen.count(context) < 125 for context in set(seen))  # a fifth of 500
+
+
+@pytest.mark.parametrize("data, right", [("arithmetic", 0.505), ("arithmetic:parity", 0.75)])
+def test_half_of_the_told_answers_are_random_ones_and_every_one_is_boxed(tokenizer, args_of, monkeypatch, data, right):
+    """If what is told is always right, a model whose chains are right need not look at it. One of a hundred random
+    numbers is right by chance, one of two for parity. The text of the chain is the right problem's."""
+    monkeypatch.setattr(sft, "CONTEXTS", ("answer",))
+    args, rng = args_of(sft, "--data", data, "--privileged-frac", 1), random.Random(0)
+    many, told_right = rollout.load_problems(data)[0][:1000], 0
+    for problem in many:
+        example = sft.build_example(tokenizer, problem, rng, args)
+        prompt, response = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.response_ids)
+        told = re.search(r"The correct answer: ?(\w+)", prompt)[1]
+        assert response.endswith(f"\\boxed{{{told}}}{tokenizer.eos_token}")
+        assert response.startswith("<think>" + problem.solution.partition("=")[0])
+        told_right += told == problem.answer
+    assert abs(told_right / len(many) - right) < 0.05
 
 
 @pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
