@@ -157,11 +157,11 @@ def test_the_privileged_prompt_is_the_one_opsds_teacher_reads(tokenizer, problem
 
 def test_an_example_is_of_one_context_prompt_and_response(tokenizer, problems, args_of, monkeypatch):
     """A solution in the prompt before the response of a writer who had none teaches opsd.py's teacher to slip,
-    solution in hand. Each context comes as often as the others, and in --privileged-frac of all."""
+    solution in hand. Each context comes as often as CONTEXTS says, in --privileged-frac of all."""
     monkeypatch.setattr(sft, "demonstrate_arithmetic", lambda problem, rng, context, think: str(context))
     monkeypatch.setattr(sft, "MISTOLD", 0.0)
     rng, args, seen = random.Random(0), args_of(sft, "--privileged-frac", 0.8), []
-    for i in range(500):
+    for i in range(700):
         problem = problems[i % 6]
         example = sft.build_example(tokenizer, problem, rng, args)
         told = tokenizer.decode(example.response_ids, skip_special_tokens=True)
@@ -169,14 +169,15 @@ def test_an_example_is_of_one_context_prompt_and_response(tokenizer, problems, a
         assert example.prompt_ids == sft.demonstration_prompt(tokenizer, problem, context, args)
         seen.append(context)
     assert set(seen) == {None, *sft.CONTEXTS}
-    assert all(75 < seen.count(context) < 125 for context in set(seen))  # a fifth of 500
+    assert abs(seen.count(None) - 140) < 40
+    assert all(abs(seen.count(context) - 80 * often) < 50 for context, often in sft.CONTEXTS.items())
 
 
 @pytest.mark.parametrize("data, right", [("arithmetic", 0.505), ("arithmetic:parity", 0.75)])
 def test_half_of_the_told_answers_are_random_ones_and_every_one_is_boxed(tokenizer, args_of, monkeypatch, data, right):
     """If what is told is always right, a model whose chains are right need not look at it. One of a hundred random
     numbers is right by chance, one of two for parity. The text of the chain is the right problem's."""
-    monkeypatch.setattr(sft, "CONTEXTS", ("answer",))
+    monkeypatch.setattr(sft, "CONTEXTS", {"answer": 1})
     args, rng = args_of(sft, "--data", data, "--privileged-frac", 1), random.Random(0)
     many, told_right = rollout.load_problems(data)[0][:1000], 0
     for problem in many:
