@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import pytest
 import torch
 import transformers
 from test_bad_input import EVERY_STAGE, TRAINERS, refused, small
-from test_chain import ROOT, TINY, read_rows, run_stage, same_tensors, start_command, weights, words
+from test_chain import TINY, read_rows, run_stage, same_tensors, start_command, weights, words
 from test_chain import base_fixture, luck_fixture  # noqa: F401  (pytest fixtures: base, luck)
 
 import eval as eval_stage
@@ -22,13 +20,15 @@ import rollout
 import sft
 
 
-def run_with_small_files(limit, script, *flags):
-    """`python SCRIPT FLAGS` in a process that may write no file of more than `limit` bytes: to the program, a full
-    disk. -> exit status, stderr."""
-    command = [sys.executable, str(ROOT / script), *words(flags), "--device", "cpu"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
-    return done.returncode, done.stderr
+def run_with_small_files(limit, stage, *flags):
+    """Calls main() while no file may have more than `limit` bytes: to the program, a full disk. -> exit status, stderr."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        status, _, err = run_stage(stage, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return status, err
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9, 1.5], ids=["weights", "weights' end", "optimizer"])
@@ -39,7 +39,7 @@ def test_a_full_disk_while_saving(base, share):
     assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
     saved, state = weights("out"), Path("out/trainer_state.pt").read_bytes()
     size = Path("out/model.safetensors").stat().st_size
-    status, err = run_with_small_files(int(share * size), "sft.py", "--resume --out out")
+    status, err = run_with_small_files(int(share * size), sft, "--resume --out out")
     assert status == 2 and err.startswith("error: out: no checkpoint can be saved"), err
     assert err.count("\n") == 1, err
     assert same_tensors(weights("out"), saved) and Path("out/trainer_state.pt").read_bytes() == state
@@ -135,7 +135,7 @@ def test_a_full_disk_while_logging(base):
     flags = ["--init", base / "sft", "--out", "out", TINY, "--steps 60 --save-every 100 --eval-every 100"]
     assert run_stage(sft, *flags, "--stop-after 1")[0] == 0
     room = max(Path("out", name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")) + 700
-    status, err = run_with_small_files(room, "sft.py", "--resume --out out")
+    status, err = run_with_small_files(room, sft, "--resume --out out")
     assert status == 2 and err.startswith("error: out") and "--resume" in err and err.count("\n") == 1, err
     assert run_stage(sft, "--resume --out out --stop-after 2")[0] == 0
     assert [row["step"] for row in read_rows("out/metrics.jsonl")] == [0, 1, 2, 3]
