@@ -58,7 +58,7 @@ GROUPS = {  # name -> commands, in the order in which they are run
         python opsd.py --init ckpt/rlvr --only-correct --out ckpt/only-correct
         python opsd.py --init ckpt/rlvr --only-incorrect --out ckpt/only-incorrect""",
     "parity-start": """
-        python sft.py --data arithmetic:parity --steps 1400 --out ckpt/parity-sft
+        python sft.py --init ckpt/sft --data arithmetic:parity --steps 400 --lr 1e-3 --out ckpt/parity-sft
         python rlvr.py --init ckpt/parity-sft --steps 15 --out ckpt/parity-rlvr""",
     "parity": grid("parity", f"--init ckpt/parity-rlvr {LONG}", ["answer", "solution"], BOTH),
     "thinking": contexts_from("rlvr"),
