@@ -5,6 +5,7 @@
     python eval.py ckpt/sft ckpt/rlvr ckpt/opsd --curves curves.svg # a figure of the stages' logs
     python eval.py ckpt/sft ckpt/rlvr ckpt/opsd --example           # one problem, token by token
     python eval.py ckpt/rlvr ckpt/opsd --example --html page.html   # and as a page for a browser
+    python eval.py ckpt/rlvr --context solution                     # what it does as a teacher
     python eval.py ckpt/rlvr --train --shortest shortest.jsonl      # data for sft.py
 
 n responses to each problem. Standard errors and intervals treat the *problem* as the unit: those
@@ -39,11 +40,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from rollout import APPLY, BUILT_IN, Head, answer_of, check_context, collate, evaluate, fail
-from rollout import fitting_prompts, is_first, join_processes, load_model, load_problems
+from rollout import APPLY, BUILT_IN, Head, PRIVILEGED, answer_of, check_context, collate, evaluate
+from rollout import fail, fitting_prompts, is_first, join_processes, load_model, load_problems
 from rollout import load_tokenizer, make_sampler, not_negative, number, once, positive
 from rollout import read_problems, reason, render_prompt, require_checkpoint, require_device
-from rollout import response_hidden_states, sample_row, seed_number, shard, trained_with
+from rollout import require_solutions, response_hidden_states, sample_row, seed_number, shard
+from rollout import trained_with
 from verify import extract_answer, verify_batch
 
 DOUBT = re.compile(r"\b(wait|hmm|perhaps|maybe|alternatively|let me check|double[- ]check)\b",
@@ -64,6 +66,8 @@ def get_args():
     add("--columns", default="", help="as in the stages")
     add("--thinking", action=argparse.BooleanOptionalAction, default=None,
         help="as in the stages; without it as the first checkpoint was trained")
+    add("--context", choices=list(PRIVILEGED), help="judge each checkpoint as a teacher: show it "
+        "the solution or the answer, or ask it to be concise, as opsd.py does")
     add("--train", action="store_true", help="problems of the training part, not held-out ones")
     add("--problems", type=positive, help="how many at most; without it 400, or all of --data FILE")
     add("--n", type=positive, default=4, help="responses to each problem")
@@ -126,6 +130,8 @@ def check_flags(args):
     if args.train and args.data not in (None, *BUILT_IN):
         fail("--train goes with the data of the checkpoints; --data is used whole")
     not_html = [flag for flag in given if flag != "--html"]
+    if args.example and args.context:
+        fail("--example shows the solution to the teacher alone: leave out --context")
     if args.example and not_html:
         fail(f"--example writes no file but --html: leave out {', '.join(not_html)}")
     if not args.example and (args.html or args.all_tokens):
@@ -210,7 +216,8 @@ def those_that_fit(problems, args):
             config = AutoConfig.from_pretrained(path)
         except Exception as error:  # of many types
             fail(f"{path}: its config.json is not that of a model: {reason(error)}")
-        problems = fitting_prompts(problems, SimpleNamespace(config=config), tokenizer, args)
+        problems = fitting_prompts(problems, SimpleNamespace(config=config), tokenizer, args,
+            args.context)
     return problems
 
 
@@ -272,7 +279,8 @@ def evaluate_checkpoint(path, sampler, problems, args):
     """-> the row of the table and the json; the same figures a problem, for pairing; rollouts."""
     start = time.time()
     rollouts = evaluate(sampler, problems, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, n=args.n, seed=args.seed, thinking=args.thinking)
+        temperature=args.temperature, n=args.n, seed=args.seed, thinking=args.thinking,
+        context=args.context)
     seconds = time.time() - start
     measured = []  # a row for each problem: the mean over its n responses
     for first in range(0, len(rollouts), args.n):
@@ -467,8 +475,7 @@ def teacher_gap(model, tokenizer, rollout, thinking):
     """
     problem, response_ids = rollout.problem, rollout.response_ids
     context = "solution" if problem.solution else "answer"
-    privileged = problem.solution or problem.answer
-    teacher_prompt = render_prompt(tokenizer, problem, context, privileged, thinking=thinking)
+    teacher_prompt = render_prompt(tokenizer, problem, context, thinking=thinking)
     log_probs = []
     for prompt_ids in (rollout.prompt_ids, teacher_prompt):
         check_context(model, len(prompt_ids), len(response_ids))
@@ -632,12 +639,15 @@ def main():
         problems, which, limit = read_problems(data, columns), "of all", args.problems
     if not problems:
         fail(f"--data {data}: holds no usable problem")
+    if args.context == "solution":
+        require_solutions(problems, data, "--context shows (or choose another)")
     problems = those_that_fit(problems, args)
     if args.example:
         show_example(problems[args.seed % len(problems)], args)
         return
     problems = problems[:limit]
-    print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each)")
+    shown = f"; --context {args.context}" if args.context else ""
+    print(f"data: {data} ({len(problems)} problems, {which}; {args.n} responses to each{shown})")
     compare_checkpoints(problems, args, built_in=data in BUILT_IN)
 
 

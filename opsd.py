@@ -235,12 +235,8 @@ def other_problem(problem, batch):
 
 def teacher_prompt(tokenizer, rollout, siblings, batch, args):
     """What the teacher reads in place of the student's prompt -> ids; None: nothing to show."""
-    problem, context = rollout.problem, args.context
-    if context == "solution":
-        shown = problem.solution
-    elif context == "answer":
-        shown = problem.answer
-    elif context == "wrong-answer":
+    problem, context, shown = rollout.problem, args.context, None
+    if context == "wrong-answer":
         context, shown = "answer", other_problem(problem, batch).answer
     elif context == "other-solution":
         context, shown = "solution", other_problem(problem, batch).solution
@@ -249,19 +245,15 @@ def teacher_prompt(tokenizer, rollout, siblings, batch, args):
         if not correct:
             return None
         context, shown = "solution", correct[0].text.rpartition("</think>")[2].strip()
-    else:  # concise is an instruction alone; none is the student's own prompt
-        shown = ""
-        if context == "none":
-            context = None
+    elif context == "none":  # the student's own prompt
+        context = None
     return render_prompt(tokenizer, problem, context, shown, args.thinking)
 
 
 def teacher_prompt_length(tokenizer, problem, args):
     """Tokens of the prompt that the teacher will read of this problem, or a little more."""
-    context, shown = "answer", problem.answer
-    if args.context in ("solution", "other-solution"):
-        context, shown = "solution", problem.solution
-    ids = render_prompt(tokenizer, problem, context, shown, args.thinking)
+    context = "solution" if args.context in ("solution", "other-solution") else "answer"
+    ids = render_prompt(tokenizer, problem, context, thinking=args.thinking)
     room = args.max_new_tokens if args.context == "rollout" else 0  # a sibling is not known yet
     return len(ids) + room
 

@@ -311,10 +311,11 @@ def opened_thinking(prompt):
     return re.search(r"(<think>\s*)?\Z", prompt)[0]
 
 
-def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
+def render_prompt(tokenizer, problem, context=None, privileged=None, thinking=True):
     """Problem -> prompt ids, by the model's own chat template.
 
-    context: None for the student; for the teacher a key of PRIVILEGED, and the text it is shown.
+    context: None for the student; for the teacher a key of PRIVILEGED. privileged: the text that it
+    is shown; None: the problem's own solution or answer.
     One function renders both, so both end alike. A template that opens `<think>` opens it for both:
     opened on one side only, student and teacher would speak of different tokens.
 
@@ -322,6 +323,8 @@ def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True
     resumed run and eval.py see the same prompts. R1-Distill's and QwQ's always open `<think>`.
     Without thinking it is closed at once.
     """
+    if privileged is None:
+        privileged = {"solution": problem.solution, "answer": problem.answer}.get(context, "")
     shown = PRIVILEGED[context].format(privileged) if context else ""
     message = {"role": "user", "content": problem.problem + shown + INSTRUCTION}
     prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True,
@@ -522,10 +525,10 @@ def fitting(problems, model, new_tokens, prompt_length):
     return kept
 
 
-def fitting_prompts(problems, model, tokenizer, args):
+def fitting_prompts(problems, model, tokenizer, args, context=None):
     """The problems that can be sampled from. All stages and eval.py measure on the same."""
     def prompt_length(problem):
-        return len(render_prompt(tokenizer, problem, thinking=args.thinking))
+        return len(render_prompt(tokenizer, problem, context, thinking=args.thinking))
 
     return fitting(problems, model, args.max_new_tokens, prompt_length)
 
@@ -917,9 +920,11 @@ def summarize(rollouts):
     }
 
 
-def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0, thinking=True):
-    """n sampled responses to each problem -> labelled Rollouts."""
-    prompts = [render_prompt(sampler.tokenizer, p, thinking=thinking) for p in problems]
+def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0, thinking=True,
+        context=None):
+    """n sampled responses to each problem -> labelled Rollouts. context: what the model is shown of
+    it, as opsd.py's teacher is."""
+    prompts = [render_prompt(sampler.tokenizer, p, context, thinking=thinking) for p in problems]
     rollouts = sampler.generate(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed)
     return label_rollouts(rollouts, problems, sampler.tokenizer)
@@ -1573,9 +1578,8 @@ def main():
     lengths = {"student's prompt": [], "teacher's prompt": [], "solution": []}
     for i, problem in enumerate(problems[:1000]):
         context = "solution" if problem.solution else "answer"
-        shown = problem.solution or problem.answer
         student = render_prompt(tokenizer, problem, thinking=args.thinking)
-        teacher = render_prompt(tokenizer, problem, context, shown, args.thinking)
+        teacher = render_prompt(tokenizer, problem, context, thinking=args.thinking)
         solution = tokenizer.encode(problem.solution, add_special_tokens=False)
         for name, ids in zip(lengths, (student, teacher, solution)):
             lengths[name].append(len(ids))

@@ -155,7 +155,7 @@ def render_response(steps, answer, think=True):
 def demonstration_prompt(tokenizer, problem, context, args):
     """The ids before a demonstration whose writer is told `context`: what opsd.py's teacher reads.
     Of what another wrote (rollout) it is told what follows the thinking, as there."""
-    shown = problem.answer if context == "answer" else problem.solution
+    shown = None  # the problem's own solution or answer
     if context == "rollout":
         response = render_response(problem.solution, problem.answer, args.thinking)
         context, shown = "solution", response.rpartition("</think>")[2].strip()

@@ -16,7 +16,8 @@ from conftest import encode_by_character, full_log_probs, make_tiny
 from test_chain import base_fixture, run_stage  # noqa: F401  (base_fixture: the pytest fixture base)
 
 import eval as evaluation  # the file is called eval.py, and the name is Python's own
-from rollout import HFSampler, Problem, Rollout, label_rollouts, read_problems, render_prompt
+from rollout import HFSampler, Problem, Rollout, label_rollouts, load_problems, load_tokenizer, read_problems
+from rollout import render_prompt
 from sft import render_response
 
 
@@ -280,6 +281,39 @@ def test_the_gap_is_the_same_weights_with_and_without_the_solution(tokenizer, pr
         torch.testing.assert_close(student, full_log_probs(model, prompt, rollout.response_ids))
         torch.testing.assert_close(teacher, full_log_probs(model, shown, rollout.response_ids))
     assert (student - teacher).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("context", ["solution", "answer", "concise"])
+def test_a_checkpoint_is_judged_as_a_teacher(base, monkeypatch, context):
+    """With --context it reads what opsd.py's teacher reads. A problem that fits without it may not fit with it."""
+    asked, generate, lengths = [], HFSampler.generate, []
+
+    def spy(self, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return generate(self, prompts, *args, **kwargs)
+
+    def count(problems, model, tokenizer, args, *context):
+        lengths.append(context)
+        return problems
+
+    monkeypatch.setattr(HFSampler, "generate", spy)
+    monkeypatch.setattr(evaluation, "fitting_prompts", count)
+    flags = "--data arithmetic --problems 3 --n 1 --max-new-tokens 4 --context"
+    status, out, err = run_stage(evaluation, base / "sft", flags, context)
+    assert status == 0, err
+    assert f"1 responses to each; --context {context})" in out and lengths == [(context,)]
+    tokenizer = load_tokenizer(str(base / "sft"))
+    problems = load_problems("arithmetic")[1][:3]
+    shown = {"solution": "A correct solution: {}", "answer": "The correct answer: {}", "concise": "without needless"}
+    for problem, prompt in zip(problems, asked[-3:], strict=True):  # before them the check at start
+        assert prompt == render_prompt(tokenizer, problem, context)
+        assert shown[context].format(getattr(problem, context, "")) in tokenizer.decode(prompt)
+
+
+def test_a_teacher_needs_a_solution_to_be_shown(base):
+    Path("bare.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
+    status, _, err = run_stage(evaluation, base / "sft", "--data bare.jsonl --context solution")
+    assert status == 2 and err.count("\n") == 1 and "'1+1?' has no `solution`" in err, err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -560,6 +594,7 @@ REFUSED = {
     "--example --shortest s.jsonl": "--example",
     "--example --curves c.svg": "--example",
     "--example --html p.html --json r.json": "leave out --json\n",
+    "--example --context answer": "leave out --context",
     "--curves c.svg --json r.json": "leave out --json\n",
     "--curves c.svg --html p.html": "--html",
     "--curves c.pdf": "--curves c.pdf",

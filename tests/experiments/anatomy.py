@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # eval.py and rollout.py are two folders up
 
 from eval import DOUBT, box_contradicts, first_results, teacher_gap  # noqa: E402
-from rollout import HFSampler, evaluate, label_rollouts, load_model, load_problems, render_prompt  # noqa: E402
+from rollout import HFSampler, evaluate, load_model, load_problems  # noqa: E402
 
 
 def mean(values):
@@ -115,10 +115,8 @@ def measure_habits(rollouts):
 def measure_teachers(sampler, problems, n):
     """What a model does that is shown each context, when it responds itself: OPSD pulls its student there."""
     found = {}
-    for context in "solution", "answer", "concise":  # concise shows nothing
-        prompts = [render_prompt(sampler.tokenizer, p, context, getattr(p, context, "")) for p in problems]
-        sampled = sampler.generate(prompts, n, max_new_tokens=192)
-        rollouts = label_rollouts(sampled, problems, sampler.tokenizer)
+    for context in "solution", "answer", "concise":
+        rollouts = evaluate(sampler, problems, max_new_tokens=192, n=n, context=context)
         found[context] = {
             "accuracy": mean([r.label == "correct" for r in rollouts]),
             "length": mean([len(r.response_ids) for r in rollouts]),
