@@ -779,7 +779,8 @@ class VLLMSampler:
         self.tokenizer, self.SamplingParams, self.asleep = tokenizer, vllm.SamplingParams, []
         self.no_autocast = torch.autocast(model.device.type, enabled=False)  # it has its own dtype
         on_gpu = model.device.type == "cuda"
-        longest = 1000 + max(len(p.problem.encode()) for p in problems)  # a token is a byte or more
+        # A token is a byte or more; 1000 for the template. eval.py may show a solution, too.
+        longest = 1000 + max(len((p.problem + p.solution).encode()) for p in problems)
         limit = min(context_limit(model), longest + args.max_new_tokens)
         try:
             with tempfile.TemporaryDirectory() as folder, self.no_autocast:
