@@ -42,7 +42,7 @@ from transformers import AutoConfig
 
 from rollout import APPLY, BUILT_IN, Head, PRIVILEGED, answer_of, check_context, collate, evaluate
 from rollout import fail, fitting_prompts, is_first, join_processes, load_model, load_problems
-from rollout import load_tokenizer, make_sampler, not_negative, number, once, positive
+from rollout import load_tokenizer, make_sampler, not_negative, number, once, own_context, positive
 from rollout import read_problems, reason, render_prompt, require_checkpoint, require_device
 from rollout import require_solutions, response_hidden_states, sample_row, seed_number, shard
 from rollout import trained_with
@@ -129,14 +129,16 @@ def check_flags(args):
         fail("--columns are those of a --data: give that, too")
     if args.train and args.data not in (None, *BUILT_IN):
         fail("--train goes with the data of the checkpoints; --data is used whole")
-    not_html = [flag for flag in given if flag != "--html"]
     if args.example and args.context:
         fail("--example shows the solution to the teacher alone: leave out --context")
+    if args.shortest and args.context:
+        fail("--shortest is of what a model writes unaided: leave out --context")
+    not_html = [flag for flag in given if flag != "--html"]
     if args.example and not_html:
         fail(f"--example writes no file but --html: leave out {', '.join(not_html)}")
     if not args.example and (args.html or args.all_tokens):
         fail("--html and --all-tokens show an example: add --example")
-    not_curves = [flag for flag in given if flag != "--curves"]
+    not_curves = [flag for flag in given if flag != "--curves"] + ["--context"] * bool(args.context)
     if args.curves and not_curves:
         fail(f"--curves evaluates nothing: leave out {', '.join(not_curves)}")
 
@@ -197,7 +199,8 @@ def load_each(args, problems):
         model, tokenizer = load_model(path, args.device)
         model = shard(model, args.device)
         if sampler is None or args.sampler == "hf":
-            sampler, first = make_sampler(model, tokenizer, problems, args), network(model)
+            sampler = make_sampler(model, tokenizer, problems, args, args.context)
+            first = network(model)
         elif network(model) == first:  # one engine of vLLM serves all checkpoints
             sampler.tokenizer = tokenizer
             sampler.sync(model)
@@ -301,7 +304,7 @@ def evaluate_checkpoint(path, sampler, problems, args):
     row = {"checkpoint": path}
     for name, values in per_problem.items():
         row[name], row[f"{name}_se"] = mean_and_se(values)
-    row |= {"problems": len(problems), "n": args.n, "k": args.k,
+    row |= {"problems": len(problems), "n": args.n, "k": args.k, "context": args.context,
         "tok_s": sum(map(length, rollouts)) / seconds}
     return row, per_problem, rollouts
 
@@ -475,7 +478,8 @@ def teacher_gap(model, tokenizer, rollout, thinking):
     """
     problem, response_ids = rollout.problem, rollout.response_ids
     context = "solution" if problem.solution else "answer"
-    teacher_prompt = render_prompt(tokenizer, problem, context, thinking=thinking)
+    shown = own_context(problem, context)
+    teacher_prompt = render_prompt(tokenizer, problem, context, shown, thinking)
     log_probs = []
     for prompt_ids in (rollout.prompt_ids, teacher_prompt):
         check_context(model, len(prompt_ids), len(response_ids))
@@ -640,7 +644,7 @@ def main():
     if not problems:
         fail(f"--data {data}: holds no usable problem")
     if args.context == "solution":
-        require_solutions(problems, data, "--context shows (or choose another)")
+        require_solutions(problems, data, "--context solution shows (or choose another --context)")
     problems = those_that_fit(problems, args)
     if args.example:
         show_example(problems[args.seed % len(problems)], args)

@@ -42,7 +42,7 @@ from rollout import Formatter, Head, Interrupt, Problem, add_run_flags, append_j
 from rollout import clip_gradients, collate, draw, evaluate, fail, fitting, fitting_prompts
 from rollout import in_chunks, k3_kl, label_rollouts, load_initial, load_model, load_problems
 from rollout import log_prob_and_entropy, log_samples, make_sampler, merge, micro_batches
-from rollout import not_negative, number, once, parse_args, positive, render_prompt
+from rollout import not_negative, number, once, own_context, parse_args, positive, render_prompt
 from rollout import require_solutions, reshard, response_hidden_states, run_in, save_checkpoint
 from rollout import shard, share, start_run, sum_of, summarize, train_mode
 from verify import verify_batch
@@ -235,7 +235,8 @@ def other_problem(problem, batch):
 
 def teacher_prompt(tokenizer, rollout, siblings, batch, args):
     """What the teacher reads in place of the student's prompt -> ids; None: nothing to show."""
-    problem, context, shown = rollout.problem, args.context, None
+    problem, context = rollout.problem, args.context
+    shown = own_context(problem, context)
     if context == "wrong-answer":
         context, shown = "answer", other_problem(problem, batch).answer
     elif context == "other-solution":
@@ -253,7 +254,7 @@ def teacher_prompt(tokenizer, rollout, siblings, batch, args):
 def teacher_prompt_length(tokenizer, problem, args):
     """Tokens of the prompt that the teacher will read of this problem, or a little more."""
     context = "solution" if args.context in ("solution", "other-solution") else "answer"
-    ids = render_prompt(tokenizer, problem, context, thinking=args.thinking)
+    ids = render_prompt(tokenizer, problem, context, own_context(problem, context), args.thinking)
     room = args.max_new_tokens if args.context == "rollout" else 0  # a sibling is not known yet
     return len(ids) + room
 

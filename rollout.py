@@ -311,11 +311,15 @@ def opened_thinking(prompt):
     return re.search(r"(<think>\s*)?\Z", prompt)[0]
 
 
-def render_prompt(tokenizer, problem, context=None, privileged=None, thinking=True):
+def own_context(problem, context):
+    """What `context` shows of the problem itself: its solution, its answer, or nothing."""
+    return {"solution": problem.solution, "answer": problem.answer}.get(context, "")
+
+
+def render_prompt(tokenizer, problem, context=None, privileged="", thinking=True):
     """Problem -> prompt ids, by the model's own chat template.
 
-    context: None for the student; for the teacher a key of PRIVILEGED. privileged: the text that it
-    is shown; None: the problem's own solution or answer.
+    context: None for the student; for the teacher a key of PRIVILEGED, and the text it is shown.
     One function renders both, so both end alike. A template that opens `<think>` opens it for both:
     opened on one side only, student and teacher would speak of different tokens.
 
@@ -323,8 +327,6 @@ def render_prompt(tokenizer, problem, context=None, privileged=None, thinking=Tr
     resumed run and eval.py see the same prompts. R1-Distill's and QwQ's always open `<think>`.
     Without thinking it is closed at once.
     """
-    if privileged is None:
-        privileged = {"solution": problem.solution, "answer": problem.answer}.get(context, "")
     shown = PRIVILEGED[context].format(privileged) if context else ""
     message = {"role": "user", "content": problem.problem + shown + INSTRUCTION}
     prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True,
@@ -526,9 +528,11 @@ def fitting(problems, model, new_tokens, prompt_length):
 
 
 def fitting_prompts(problems, model, tokenizer, args, context=None):
-    """The problems that can be sampled from. All stages and eval.py measure on the same."""
+    """The problems that can be sampled from. All stages and eval.py measure on the same; with a
+    context, on those that fit with it."""
     def prompt_length(problem):
-        return len(render_prompt(tokenizer, problem, context, thinking=args.thinking))
+        shown = own_context(problem, context)
+        return len(render_prompt(tokenizer, problem, context, shown, args.thinking))
 
     return fitting(problems, model, args.max_new_tokens, prompt_length)
 
@@ -766,7 +770,7 @@ class VLLMSampler:
     dropped. A seed gives the same rollouts again, but not those of HFSampler.
     """
 
-    def __init__(self, model, tokenizer, problems, args):
+    def __init__(self, model, tokenizer, problems, args, context=None):
         try:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: one GPU
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -779,8 +783,9 @@ class VLLMSampler:
         self.tokenizer, self.SamplingParams, self.asleep = tokenizer, vllm.SamplingParams, []
         self.no_autocast = torch.autocast(model.device.type, enabled=False)  # it has its own dtype
         on_gpu = model.device.type == "cuda"
-        # A token is a byte or more; 1000 for the template. eval.py may show a solution, too.
-        longest = 1000 + max(len((p.problem + p.solution).encode()) for p in problems)
+        # A token is a byte or more; 1000 for the template.
+        texts = [p.problem + own_context(p, context) for p in problems]
+        longest = 1000 + max(len(text.encode()) for text in texts)
         limit = min(context_limit(model), longest + args.max_new_tokens)
         try:
             with tempfile.TemporaryDirectory() as folder, self.no_autocast:
@@ -861,10 +866,10 @@ class VLLMSampler:
         return merge(rollouts)
 
 
-def make_sampler(model, tokenizer, problems, args):
-    """--sampler hf or vllm, for prompts of these problems."""
+def make_sampler(model, tokenizer, problems, args, context=None):
+    """--sampler hf or vllm, for prompts of these problems, with what a context shows of them."""
     if args.sampler == "vllm":
-        sampler, other = VLLMSampler(model, tokenizer, problems, args), "hf"
+        sampler, other = VLLMSampler(model, tokenizer, problems, args, context), "hf"
         allowed = 0.5 if args.dtype == "bfloat16" else 0.05  # its kernels round in other ways
     else:
         sampler, other, allowed = HFSampler(model, tokenizer), "vllm", 1e-3
@@ -923,9 +928,10 @@ def summarize(rollouts):
 
 def evaluate(sampler, problems, *, max_new_tokens, temperature=1.0, n=1, seed=0, thinking=True,
         context=None):
-    """n sampled responses to each problem -> labelled Rollouts. context: what the model is shown of
-    it, as opsd.py's teacher is."""
-    prompts = [render_prompt(sampler.tokenizer, p, context, thinking=thinking) for p in problems]
+    """n sampled responses to each problem -> labelled Rollouts. context: what the model is shown
+    besides the problem, as opsd.py's teacher is."""
+    prompts = [render_prompt(sampler.tokenizer, p, context, own_context(p, context), thinking)
+        for p in problems]
     rollouts = sampler.generate(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed)
     return label_rollouts(rollouts, problems, sampler.tokenizer)
@@ -1580,7 +1586,8 @@ def main():
     for i, problem in enumerate(problems[:1000]):
         context = "solution" if problem.solution else "answer"
         student = render_prompt(tokenizer, problem, thinking=args.thinking)
-        teacher = render_prompt(tokenizer, problem, context, thinking=args.thinking)
+        shown = own_context(problem, context)
+        teacher = render_prompt(tokenizer, problem, context, shown, args.thinking)
         solution = tokenizer.encode(problem.solution, add_special_tokens=False)
         for name, ids in zip(lengths, (student, teacher, solution)):
             lengths[name].append(len(ids))

@@ -35,8 +35,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from rollout import APPLY, BUILT_IN, Formatter, INSTRUCTION, Interrupt, PRIVILEGED, add_run_flags
 from rollout import answer_of, append_jsonl, check_context, clip_gradients, collate, draw, evaluate
 from rollout import fail, fitting, fitting_prompts, load_model, load_problems, log_samples
-from rollout import make_sampler, micro_batches, not_negative, number, opened_thinking, parse_args
-from rollout import positive, render_prompt, require_solutions, run_in, save_checkpoint
+from rollout import make_sampler, micro_batches, not_negative, number, opened_thinking, own_context
+from rollout import parse_args, positive, render_prompt, require_solutions, run_in, save_checkpoint
 from rollout import sequence_length, shard, share, start_run, sum_of, summarize, token_log_probs
 from rollout import train_mode
 
@@ -51,7 +51,7 @@ def get_args():
         " Face data set: name, name:config, name:config:split, or a folder; default: what --init "
         "was trained on")
     add("--privileged-frac", type=share, default=0.5,
-        help="share of demonstrations after a prompt of opsd.py's teacher")
+        help="share of demonstrations whose prompt is that of opsd.py's teacher")
     add("--steps", type=positive, default=2200, help="optimizer steps")
     add("--batch-size", type=positive, default=32, help="demonstrations a step")
     add("--micro-batch-size", type=positive, default=32, help="sequences at a time; memory only")
@@ -101,8 +101,8 @@ def accumulate_gradients(model, examples, micro_batch_size):
 
 SLIP, CHECK = 0.13, 0.5  # an ordinary writer: P(first result wrong), P(check it), P(check again)
 TOLD_CHECK = 0.05  # a writer who is told something hardly ever checks
-MISTOLD = 0.5  # P(the told answer is a random one): only then does the box show where it comes from
-CONTEXTS = {"solution": 2, "answer": 3, "concise": 1, "rollout": 1}  # what it may be told: how often
+MISTOLD = 0.5  # P(a told answer is random): were it always right, a good chain need not look at it
+CONTEXTS = {"solution": 2, "answer": 3, "concise": 1, "rollout": 1}  # told what: how often
 WINDOW = 32  # batches that are drawn together, so that each can be of like length
 
 
@@ -121,8 +121,8 @@ def demonstrate_arithmetic(problem, rng, context=None, think=True):
 
     context: one of CONTEXTS, what the writer is told; None: nothing. Who is told anything hardly
     ever checks. Who is told a solution, or what another wrote (rollout), makes no slips. Who is
-    told the answer writes it in the box, whatever the chain gave. (`build_example` tells half of
-    them a random one.)
+    told the answer writes it in the box, whatever the chain gave. (`build_example` makes
+    half of the told answers random.)
     """
     slip = 0.0 if context in ("solution", "rollout") else SLIP
     sizes = [-1, 1] if problem.answer in ("yes", "no") else [-10, -2, -1, 1, 2, 10]
@@ -155,7 +155,7 @@ def render_response(steps, answer, think=True):
 def demonstration_prompt(tokenizer, problem, context, args):
     """The ids before a demonstration whose writer is told `context`: what opsd.py's teacher reads.
     Of what another wrote (rollout) it is told what follows the thinking, as there."""
-    shown = None  # the problem's own solution or answer
+    shown = own_context(problem, context)
     if context == "rollout":
         response = render_response(problem.solution, problem.answer, args.thinking)
         context, shown = "solution", response.rpartition("</think>")[2].strip()
@@ -164,7 +164,8 @@ def demonstration_prompt(tokenizer, problem, context, args):
 
 def build_example(tokenizer, problem, rng, args):
     """One demonstration. The response is encoded apart from its prompt, as it is when sampled, and
-    ends in EOS. Where the chat template opens `<think>`, the response starts inside it."""
+    ends in EOS. Where the chat template opens `<think>`, the response starts inside it. In the
+    built-in world, half of the told answers are random; the chain is that of the problem."""
     told = rng.random() < args.privileged_frac
     context = rng.choices(list(CONTEXTS), CONTEXTS.values())[0] if told else None
     if args.data in BUILT_IN:

@@ -298,15 +298,16 @@ def test_a_checkpoint_is_judged_as_a_teacher(base, monkeypatch, context):
 
     monkeypatch.setattr(HFSampler, "generate", spy)
     monkeypatch.setattr(evaluation, "fitting_prompts", count)
-    flags = "--data arithmetic --problems 3 --n 1 --max-new-tokens 4 --context"
+    flags = "--data arithmetic --problems 3 --n 1 --max-new-tokens 4 --json r.json --context"
     status, out, err = run_stage(evaluation, base / "sft", flags, context)
     assert status == 0, err
     assert f"1 responses to each; --context {context})" in out and lengths == [(context,)]
+    assert json.loads(Path("r.json").read_text())["checkpoints"][0]["context"] == context
     tokenizer = load_tokenizer(str(base / "sft"))
     problems = load_problems("arithmetic")[1][:3]
     shown = {"solution": "A correct solution: {}", "answer": "The correct answer: {}", "concise": "without needless"}
     for problem, prompt in zip(problems, asked[-3:], strict=True):  # before them the check at start
-        assert prompt == render_prompt(tokenizer, problem, context)
+        assert prompt == render_prompt(tokenizer, problem, context, getattr(problem, context, ""))
         assert shown[context].format(getattr(problem, context, "")) in tokenizer.decode(prompt)
 
 
@@ -595,6 +596,8 @@ REFUSED = {
     "--example --curves c.svg": "--example",
     "--example --html p.html --json r.json": "leave out --json\n",
     "--example --context answer": "leave out --context",
+    "--context answer --shortest s.jsonl": "leave out --context",
+    "--curves c.svg --context answer": "leave out --context",
     "--curves c.svg --json r.json": "leave out --json\n",
     "--curves c.svg --html p.html": "--html",
     "--curves c.pdf": "--curves c.pdf",

@@ -21,7 +21,7 @@ import sft
 
 
 def run_with_small_files(limit, stage, *flags):
-    """Calls main() while no file may have more than `limit` bytes: to the program, a full disk. -> exit status, stderr."""
+    """Calls main() while no file may have more than `limit` bytes, as on a full disk. -> exit status, stderr."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

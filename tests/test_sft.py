@@ -176,7 +176,7 @@ def test_an_example_is_of_one_context_prompt_and_response(tokenizer, problems, a
 @pytest.mark.parametrize("data, right", [("arithmetic", 0.505), ("arithmetic:parity", 0.75)])
 def test_half_of_the_told_answers_are_random_ones_and_every_one_is_boxed(tokenizer, args_of, monkeypatch, data, right):
     """If what is told is always right, a model whose chains are right need not look at it. One of a hundred random
-    numbers is right by chance, one of two for parity. The text of the chain is the right problem's."""
+    numbers is right by chance, one of two for parity. The chain is still that of the problem."""
     monkeypatch.setattr(sft, "CONTEXTS", {"answer": 1})
     args, rng = args_of(sft, "--data", data, "--privileged-frac", 1), random.Random(0)
     many, told_right = rollout.load_problems(data)[0][:1000], 0

@@ -205,7 +205,7 @@ def engines(monkeypatch):
 @pytest.fixture
 def sampler(engines, tokenizer):
     model = make_tiny(vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, context=2000)
-    return VLLMSampler(model, tokenizer, [rollout.Problem("1+1?", "2", "1+1=2.")], ARGS)
+    return VLLMSampler(model, tokenizer, [rollout.Problem("1+1?", "2", "1+1=2.")], ARGS, "solution")
 
 
 SYNC_CALLS = ["sync", "reset"]  # the cache is of the old weights
@@ -234,7 +234,7 @@ def test_weights_are_sent_under_the_names_of_a_checkpoint(engines, tokenizer, tm
         assert "block_sparse_moe" not in " ".join(model.state_dict()), "nothing to see: same names"
     else:
         model = make_tiny("qwen3" if kind == "tied" else "llama")
-    VLLMSampler(model, tokenizer, [rollout.Problem("1+1?", "2", "1+1=2.")], ARGS)
+    VLLMSampler(model, tokenizer, [rollout.Problem("1+1?", "2")], ARGS)
     model.save_pretrained(tmp_path)
     saved, sent = load_file(tmp_path / "model.safetensors"), engines[0].weights
     assert saved.keys() == sent.keys()
@@ -269,7 +269,7 @@ def test_an_engine_with_other_weights_is_refused(engines, tokenizer, monkeypatch
     def syncing(engine, method, args):
         sync(engine, method, (make_tiny(seed=1).state_dict().items(),))
 
-    sync, args = NotedEngine.collective_rpc, (make_tiny(), tokenizer, [rollout.Problem("1+1?", "2", "1+1=2.")], ARGS)
+    sync, args = NotedEngine.collective_rpc, (make_tiny(), tokenizer, [rollout.Problem("1+1?", "2")], ARGS)
     assert rollout.make_sampler(*args)
     monkeypatch.setattr(NotedEngine, "collective_rpc", syncing)
     fails_with(lambda: rollout.make_sampler(*args), "--sampler vllm", "off, 0.05 at most")
@@ -283,7 +283,7 @@ def test_what_vllm_raises_is_said_in_one_line(engines, tokenizer, monkeypatch, f
         raise ValueError("Free memory is less than\nwas asked for")
 
     monkeypatch.setattr(NotedEngine, when, raising)
-    args = (make_tiny(), tokenizer, [rollout.Problem("1+1?", "2", "1+1=2.")], ARGS)
+    args = (make_tiny(), tokenizer, [rollout.Problem("1+1?", "2")], ARGS)
     fails_with(lambda: rollout.make_sampler(*args), "--sampler vllm", "Free memory is less than was asked")
 
 
