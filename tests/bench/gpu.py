@@ -162,6 +162,8 @@ def experiment_tables(seen):
     if seen is None:
         return dict.fromkeys([SMOLLM2, TRAINING], NOT_RUN)
     smollm2 = seen["smollm2"]
+    if not any(smollm2.values()):
+        return dict.fromkeys([SMOLLM2, TRAINING], NOT_RUN)
     return {SMOLLM2: judged_table(smollm2["checkpoints"]), TRAINING: training_table(smollm2)}
 
 
