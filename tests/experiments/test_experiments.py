@@ -304,7 +304,7 @@ def test_teachers_by_hand(tokenizer):
     problem = Problem("Compute 36*2.", "72", "36*2=72.")
     prompts = []
 
-    def generate(given, n, max_new_tokens):
+    def generate(given, n, **flags):
         prompts.extend(tokenizer.decode(ids) for ids in given)
         texts = [rf"<think>36*2=72.</think>\boxed{{{box}}}<|end|>" for box in (72, 71)]
         return [Rollout([], tokenizer.encode(text), [], True) for text in texts]
