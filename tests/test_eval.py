@@ -127,12 +127,13 @@ def test_the_figures_of_a_checkpoint_by_hand(tokenizer, monkeypatch):
     rollouts = [said(3), said(3), said(7), said(3, finished=False)]
     rollouts += [said(n, " Wait, ") for n in (3, 3, 3, 7)]
 
-    def evaluate(sampler, problems, *, max_new_tokens, temperature, n, seed, thinking):
-        assert (max_new_tokens, temperature, n, seed, thinking) == (50, 0.6, 4, 1, False)
+    def evaluate(sampler, problems, *, max_new_tokens, temperature, n, seed, thinking, context):
+        assert (max_new_tokens, temperature, n, seed, thinking, context) == (50, 0.6, 4, 1, False, "answer")
         return label_rollouts(rollouts, problems, tokenizer)
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    args = SimpleNamespace(n=4, k=2, max_new_tokens=50, temperature=0.6, seed=1, thinking=False)
+    args = SimpleNamespace(n=4, k=2, max_new_tokens=50, temperature=0.6, seed=1, thinking=False,
+        context="answer")
     sampler = SimpleNamespace(tokenizer=tokenizer)
     row, per_problem, _ = evaluation.evaluate_checkpoint("ckpt/x", sampler, problems, args)
     assert per_problem["accuracy"] == [0.5, 0.25] and per_problem["truncated"] == [0.25, 0]
@@ -146,7 +147,7 @@ def test_the_figures_of_a_checkpoint_by_hand(tokenizer, monkeypatch):
 def test_a_checkpoint_against_itself_does_not_change(tokenizer, problems):
     """Same problems, same luck: two identical checkpoints say the same, and the change is exactly 0."""
     model = make_tiny(vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, context=256)
-    args = SimpleNamespace(n=2, k=1, max_new_tokens=6, temperature=1.0, seed=0, thinking=True)
+    args = SimpleNamespace(n=2, k=1, max_new_tokens=6, temperature=1.0, seed=0, thinking=True, context=None)
     sampler = HFSampler(model, tokenizer)
     first, second = (evaluation.evaluate_checkpoint("x", sampler, problems, args) for _ in range(2))
     assert [r.response_ids for r in first[2]] == [r.response_ids for r in second[2]]
