@@ -349,7 +349,7 @@ def toy_fixture(tokenizer, problems, monkeypatch):
         for name, value in returned.items():
             monkeypatch.setattr(evaluation, name, lambda *args, value=value, **kwargs: value)
         return SimpleNamespace(checkpoints=["x"], device="cpu", sampler="hf", max_new_tokens=3,
-            temperature=1.0, seed=0, thinking=True, html=None, all_tokens=False)  # fmt: skip
+            temperature=1.0, seed=0, thinking=True, html=None, all_tokens=False, context=None)  # fmt: skip
 
     return make
 
