@@ -245,7 +245,7 @@ def test_what_generate_returns(sampler):
     """The same as HFSampler's: prompt i owns rollouts i * group_size and on; EOS belongs to the response."""
     eos = next(iter(sampler.stop_ids))
     with torch.no_grad():
-        sampler.model.lm_head.weight[eos] *= 3  # so that some end
+        sampler.model.lm_head.weight[eos] = 3 * sampler.model.lm_head.weight[5]  # was 0: now some end
     sampler.sync(sampler.model)
     rollouts = sampler.generate(PROMPTS, 8, max_new_tokens=12, temperature=0.7, seed=3)
     assert [r.prompt_ids for r in rollouts] == [prompt for prompt in PROMPTS for _ in range(8)]

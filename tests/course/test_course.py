@@ -645,6 +645,9 @@ def test_the_commands_that_make_the_references(tmp_path, monkeypatch):
     row = {"accuracy": 1, "length": 1, "truncated": 0}
     (tmp_path / "s0" / "clip20.json").write_text(json.dumps({"checkpoints": [row]}))
     (tmp_path / "s0" / "clip20" / "metrics.jsonl").write_text('{"entropy": 0.1, "ratio/clip_frac": 0.0}\n')
+    for seed in course.SEEDS:
+        (tmp_path / f"seed{seed}.json").write_text(json.dumps({"frozen-100": row}))
+    monkeypatch.setattr(course, "ARMS", tmp_path)
     made = list(course.reference_commands(tmp_path))
     assert not [command for command in made if "s0/clip20" in command or "frozen-100" in command]
     assert made[0] == f"python sft.py --seed 0 --out {tmp_path}/s0/sft"
