@@ -97,7 +97,7 @@ def test_what_a_writer_is_told_decides_slips_checks_and_box(context, think):
     if context in ("solution", "rollout"):
         assert slips == 0 and right == 400
     else:
-        assert 0.10 < slips / steps < 0.16
+        assert 0.105 < slips / steps < 0.155
     if not think:
         assert checks == 0
     else:
@@ -107,7 +107,7 @@ def test_what_a_writer_is_told_decides_slips_checks_and_box(context, think):
     else:
         assert box_of_another == 0
     if context in (None, "concise"):  # 0.87 to the power of 2 to 5 is 0.62; half of the slips are mended, or few
-        low, high = (285, 350) if context is None and think else (210, 290)
+        low, high = (285, 345) if context is None and think else (210, 290)
         assert low < right < high
 
 
