@@ -397,6 +397,7 @@ def test_fewer_prompts_than_processes(base, tmp_path):
 
 def compare(base, folder):
     """eval.py's exit status, what it printed, and its figures but for the speed."""
+    rollout.verify_batch = luck
     flags = ["--data", base / "problems.jsonl", "--problems 3 --n 2 --max-new-tokens 20", "--json"]
     end = run_stage(eval_stage, base / "sft", base / "sft", *flags, folder / "result.json")
     rows = json.loads((folder / "result.json").read_text())["checkpoints"] if rollout.is_first() else []
