@@ -1,6 +1,6 @@
 """opsd.py: on-policy self-distillation, the third stage: SFT -> RLVR -> OPSD (arXiv 2605.06188).
 
-    python opsd.py --only-correct --init ckpt/rlvr      # the built-in world: half a minute
+    python opsd.py --only-correct --init ckpt/rlvr      # the built-in world: a minute
     python opsd.py --only-incorrect --init ckpt/rlvr    # the paper's counter-example; neither: all
 
 The model is its own teacher. The student samples y given the problem x. The teacher, the same

@@ -1,6 +1,6 @@
 """sft.py: supervised fine-tuning, the first of three stages: SFT -> RLVR -> OPSD.
 
-    python sft.py                                           # the built-in world: 11 min on 2 cores
+    python sft.py                                           # the built-in world: 7-11 min on 2 cores
     python sft.py --data my.jsonl                           # your problems, from scratch
     python sft.py --data my.jsonl --init Qwen/Qwen3-0.6B    # your problems, a pretrained model
 

@@ -113,11 +113,12 @@ def measure_habits(rollouts):
 
 
 def measure_teachers(sampler, problems, n):
-    """What a model does that is shown each context, when it responds itself: OPSD pulls its student there."""
+    """What a model does that is shown nothing, or each context, when it responds itself: to the latter OPSD
+    pulls its student."""
     found = {}
-    for context in "solution", "answer", "concise":
+    for context in None, "solution", "answer", "concise":
         rollouts = evaluate(sampler, problems, max_new_tokens=192, n=n, context=context)
-        found[context] = {
+        found[context or "nothing"] = {
             "accuracy": mean([r.label == "correct" for r in rollouts]),
             "length": mean([len(r.response_ids) for r in rollouts]),
             "contradictions": mean([box_contradicts(r.text, r.problem.problem) for r in rollouts]),

@@ -299,8 +299,8 @@ def test_slips_and_checks_by_hand():
 
 
 def test_teachers_by_hand(tokenizer):
-    """Two responses to one problem, the same whatever is shown: one is right; the other boxes 71 after a chain
-    that ends in 72. What is shown stands in the prompt."""
+    """Two responses to one problem, the same whatever is shown, if anything: one is right; the other boxes 71
+    after a chain that ends in 72. What is shown stands in the prompt."""
     problem = Problem("Compute 36*2.", "72", "36*2=72.")
     prompts = []
 
@@ -311,9 +311,10 @@ def test_teachers_by_hand(tokenizer):
 
     found = anatomy.measure_teachers(SimpleNamespace(tokenizer=tokenizer, generate=generate), [problem], 2)
     length = len(tokenizer.encode(r"<think>36*2=72.</think>\boxed{72}<|end|>"))
-    assert found == dict.fromkeys(["solution", "answer", "concise"],
+    assert found == dict.fromkeys(["nothing", "solution", "answer", "concise"],
         {"accuracy": 0.5, "length": length, "contradictions": 0.5})
-    assert ["36*2=72." in prompt for prompt in prompts] == [True, False, False] and "72" in prompts[1]
+    assert ["36*2=72." in prompt for prompt in prompts] == [False, True, False, False]
+    assert ["72" in prompt for prompt in prompts] == [False, True, True, False]
 
 
 def test_problems_are_sorted_by_what_sft_gets_right():
