@@ -92,13 +92,17 @@ LENGTHS, ACCURACIES = (36, 74), (55, 100)  # the limits of both panels
 # From a seed's checkpoints to one json
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def collect(folder):
     """ckpt/seedN -> results/seedN.json: of each arm what eval.py found, its path over the steps and its KL.
     Arms that are not in the folder stay as they were."""
     judged = sorted(Path(folder).glob("*/eval.json"))
     if not judged:
-        print(f"error: {folder} has no ARM/eval.json: start run.py first", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{folder} has no ARM/eval.json: start run.py first")
     saved = RESULTS / f"{Path(folder).name}.json"
     found = json.loads(saved.read_text()) if saved.is_file() else {}
     for path in judged:
@@ -139,6 +143,8 @@ def mean_of_distill(rows):
 def load_runs(folder=RESULTS):
     """-> [{arm: row}], one dict a seed. An arm that a seed lacks is left out: every row has all seeds."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    if not runs:
+        fail(f"{folder} has no seedN.json: start run.py first, or take results/ from the repository")
     in_all = set.intersection(*map(set, runs))
     return [{arm: row for arm, row in run.items() if arm in in_all} for run in runs]
 

@@ -230,6 +230,7 @@ def test_a_seeds_folder_is_read(tmp_path, monkeypatch):
 def test_a_folder_without_runs_is_refused(tmp_path, monkeypatch, fails_with):
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     fails_with(lambda: results.collect(tmp_path), tmp_path, "eval.json")
+    fails_with(lambda: results.load_runs(tmp_path), tmp_path, "seedN.json")
 
 
 def test_a_table_is_written_between_its_marks(tmp_path, monkeypatch, capsys):
