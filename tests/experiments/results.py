@@ -52,7 +52,7 @@ NOT_RUN = "**Not run yet in this world.**"
 CONTRASTS, ANATOMY = "Against each other, seed by seed", "What OPSD takes away, and where"
 KEPT, EACH_SEED = "Rollouts kept in a step, of 32", "Teachers, the accuracy of each seed"
 PAIRS = [("only-incorrect", "only-correct"), ("rlvr-solution-incorrect", "rlvr-solution-correct"),
-    ("rlvr-solution-correct", "rlvr-answer-correct"),
+    ("rlvr-solution-correct", "rlvr-answer-correct"), ("forward-correct", "rlvr-solution-correct"),
     *[(f"{name}-incorrect", f"{name}-correct") for name in [*arms.DIVERGENCES, "parity-answer", "parity-solution",
         *arms.SEARCH]],
     *[(name, "rlvr-solution-correct") for name in TABLES["Controls"][1][1:]],
