@@ -159,9 +159,7 @@ def bench_tables(seen):
 
 def experiment_tables(seen):
     """{title: Markdown} of tests/experiments/README.md."""
-    if seen is None:
-        return dict.fromkeys([SMOLLM2, TRAINING], NOT_RUN)
-    smollm2 = seen["smollm2"]
+    smollm2 = seen["smollm2"] if seen else {}
     if not any(smollm2.values()):
         return dict.fromkeys([SMOLLM2, TRAINING], NOT_RUN)
     return {SMOLLM2: judged_table(smollm2["checkpoints"]), TRAINING: training_table(smollm2)}

@@ -90,9 +90,8 @@ def work(seeds, names):
         else:
             if left == before and not others_work:
                 seed, arm, command = left[0]
-                print(f"error: seed {seed}: what {arm} starts from is not there: run all, or name it in --only, too: "
-                    f"{command}", file=sys.stderr)
-                sys.exit(2)
+                results.fail(f"seed {seed}: what {arm} starts from is not there: run all, or name it in --only, "
+                    f"too: {command}")
             before = left
             time.sleep(5)  # until another process has made what the rest starts from
 
