@@ -1,6 +1,6 @@
 """rlvr.py: reinforcement learning with verifiable rewards, the second stage: SFT -> RLVR -> OPSD.
 
-    python rlvr.py --init ckpt/sft                       # the built-in world: 2-4 min on 2 cores
+    python rlvr.py --init ckpt/sft                       # the built-in world: 2-5 min on 2 cores
     python rlvr.py --init ckpt/sft --data my.jsonl       # your problems
 
 GRPO (arXiv 2402.03300) as run today. Sample G responses to each of P prompts from the policy.
