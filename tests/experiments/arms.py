@@ -13,6 +13,7 @@ BOTH = ["correct", "incorrect"]
 # 32 kept rollouts a step, reverse KL. 20 steps at 4e-4 shorten as much as the default's 40 at 2e-4.
 BRIEF = "--steps 20 --lr 4e-4 --eval-every 10"
 # A student that is nearly certain of what it reads off its chain has small gradients there.
+GENTLE = "--steps 40 --lr 1e-4 --eval-every 20"  # the step size alone may do harm where gradients are large
 LONG = "--steps 150 --lr 5e-4 --batch-size 16 --eval-every 30"
 
 
@@ -61,6 +62,16 @@ GROUPS = {  # name -> commands, in the order in which they are run
         python sft.py --init ckpt/sft --data arithmetic:parity --steps 400 --lr 1e-3 --out ckpt/parity-sft
         python rlvr.py --init ckpt/parity-sft --steps 15 --out ckpt/parity-rlvr""",
     "parity": grid("parity", f"--init ckpt/parity-rlvr {LONG}", ["answer", "solution"], BOTH),
+    "products-start": """
+        python tests/experiments/products.py ckpt/products.jsonl && python sft.py --init ckpt/sft --data ckpt/products.jsonl --steps 1800 --lr 1e-3 --out ckpt/products-sft
+        python rlvr.py --init ckpt/products-sft --steps 15 --out ckpt/products-rlvr""",
+    "products": f"""
+        {grid("products", f"--init ckpt/products-rlvr {BRIEF}", ["answer", "solution"], BOTH)}
+        {grid("gentle", f"--init ckpt/products-rlvr {GENTLE}", ["answer", "solution"], BOTH)}""",
+    "careful-start": """
+        python tests/experiments/careful.py --init ckpt/sft --steps 500 --lr 1e-3 --out ckpt/careful-sft
+        python rlvr.py --init ckpt/careful-sft --steps 15 --out ckpt/careful-rlvr""",
+    "careful": grid("careful", f"--init ckpt/careful-rlvr {BRIEF}", ["concise", "solution"], BOTH),
     "thinking": contexts_from("rlvr"),
     "thinking-early": contexts_from("rlvr-15"),
     "no-thinking-start": """
@@ -86,8 +97,8 @@ GROUPS = {  # name -> commands, in the order in which they are run
 
 
 def stage_of(command):
-    """The stage that a command trains with; before it, eval.py may make its data."""
-    return re.findall(r"python (\w+)\.py", command)[-1]
+    """The script that a command trains with; before it, another may make its data."""
+    return re.findall(r"python (\S+)\.py", command)[-1]
 
 
 def arm_of(command):

@@ -27,6 +27,10 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 PARITY = ["parity-sft", "parity-rlvr", "parity-answer-correct", "parity-answer-incorrect",
     "parity-solution-correct", "parity-solution-incorrect"]
+PRODUCTS = ["products-sft", "products-rlvr", *[f"{steps}-{context}-{kept}" for steps in ("products", "gentle")
+    for context in ("answer", "solution") for kept in arms.BOTH]]
+CAREFUL = ["careful-sft", "careful-rlvr", *[f"careful-{context}-{kept}" for context in ("concise", "solution")
+    for kept in arms.BOTH]]
 TABLES = {  # title -> the arm that changes are against, and the arms
     "The pipeline, and which rollouts": ("rlvr", ["sft", "rlvr", "all", "only-correct", "only-incorrect"]),
     "Divergences, at equal budgets": ("rlvr", ["rlvr-solution-correct", "rlvr-solution-incorrect", "jsd-correct",
@@ -54,10 +58,13 @@ KEPT, EACH_SEED = "Rollouts kept in a step, of 32", "Teachers, the accuracy of e
 PAIRS = [("only-incorrect", "only-correct"), ("rlvr-solution-incorrect", "rlvr-solution-correct"),
     ("rlvr-solution-correct", "rlvr-answer-correct"), ("forward-correct", "rlvr-solution-correct"),
     *[(f"{name}-incorrect", f"{name}-correct") for name in [*arms.DIVERGENCES, "parity-answer", "parity-solution",
-        *arms.SEARCH]],
+        "products-answer", "products-solution", "gentle-answer", "gentle-solution", "careful-concise",
+        "careful-solution", *arms.SEARCH]],
     *[(name, "rlvr-solution-correct") for name in TABLES["Controls"][1][1:]],
     ("refresh-1", "frozen-100"), ("ema", "frozen-100"), ("only-correct", "sft-opsd")]
 
+NEED = "Checks that are needed, and checks that are not"
+HARD, EACH_HARD = "Steps that are too hard", "Steps that are too hard, the accuracy of each seed"
 EACH_PARITY = "A world with two answers, each seed: accuracy (box against chain)"
 STAGES, ROLLOUTS = "Three stages", "Which rollouts"  # the tables of the top-level README.md
 CHAIN = [("sft", "sft", None), ("rlvr", "rlvr", "sft"), ("opsd", "only-correct", "rlvr")]
@@ -118,7 +125,7 @@ def collect(folder):
 def collect_arm(folder):
     found = json.loads((folder / "eval.json").read_text())["checkpoints"][0]
     keys = ["accuracy", "length", "think_length", "truncated", "doubt", "pass_at_k", "maj_at_k"]
-    arm = {key: round(found[key], 5) for key in keys} | {"slips": found["slips"]}
+    arm = {key: round(found[key], 5) for key in keys} | {"slips": found.get("slips")}
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     arm["path"] = []
     for row in log:
@@ -176,9 +183,9 @@ def pairs_of(runs, arm, other):
     return [(run[arm], run[other]) for run in runs if arm in run and other in run]
 
 
-def points(pairs):
-    """Changes of accuracy, in points."""
-    return [100 * (row["accuracy"] - start["accuracy"]) for row, start in pairs]
+def points(pairs, key="accuracy"):
+    """Changes of accuracy, or of pass_at_k, in points."""
+    return [100 * (row[key] - start[key]) for row, start in pairs]
 
 
 def percents(pairs):
@@ -233,6 +240,18 @@ def table(runs, base, names):
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
+def with_pass_at_4(runs, base, names):
+    """Markdown: each arm's accuracy and pass@4, and their changes against `base`."""
+    lines = [f"| arm | accuracy, % | against {base}, points | pass@4, % | against {base}, points |", "|---" * 5 + "|"]
+    for arm in names:
+        if pairs := pairs_of(runs, arm, base):
+            cells = [arm]
+            for key in ["accuracy", "pass_at_k"]:
+                cells += [cell([100 * row[key] for row, _ in pairs]), cell(points(pairs, key), "+") * (arm != base)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+
+
 def against_chain(rows):
     """Percent of responses whose answer is not what their own chain gives."""
     return cell([100 * row["slips"]["contradictions"] / row["slips"]["responses"] for row in rows])
@@ -243,6 +262,21 @@ def slip_cells(rows):
     slips = [row["slips"] for row in rows]
     checked = [100 * (s["mended"] + s["checked"]) / s["slips"] for s in slips if s["slips"]]
     return [cell([100 * s["slips"] / s["first_results"] for s in slips]), cell(checked) if checked else "–"]
+
+
+def by_need(runs, base, names):
+    """Markdown: accuracy and length, slips, and how often a slip and a right result are checked."""
+    lines = [f"| arm | accuracy, % | against {base}, points | against {base}, length, % | slips, % "
+        "| of them checked, % | of the right ones, % |", "|---" * 7 + "|"]
+    for arm in names:
+        if pairs := pairs_of(runs, arm, base):
+            rows = [row for row, _ in pairs]
+            found = [row["slips"] for row in rows]
+            right = [100 * s["right_checked"] / (s["first_results"] - s["slips"]) for s in found]
+            cells = [arm, cell([100 * row["accuracy"] for row in rows]), *(changes(pairs) if arm != base else ["", ""]),
+                *slip_cells(rows), cell(right)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
 def by_context(runs, start):
@@ -349,6 +383,9 @@ def page_tables(runs):
     tables[CONTRASTS] = contrasts(runs, PAIRS)
     tables[KEPT] = rollouts_kept(runs)
     tables[EACH_SEED] = each_seed(runs, ["rlvr", *TABLES["Teachers, 100 steps"][1]], accuracy_cell)
+    tables[NEED] = f"{by_need(runs, 'careful-rlvr', CAREFUL)}\n\n{how_to_make(CAREFUL)}"
+    tables[HARD] = f"{with_pass_at_4(runs, 'products-rlvr', PRODUCTS)}\n\n{how_to_make(PRODUCTS)}"
+    tables[EACH_HARD] = each_seed(runs, PRODUCTS, accuracy_cell)
     tables[EACH_PARITY] = each_seed(runs, PARITY, faithful_cell)
     tables[ANATOMY] = anatomy.tables(anatomy.load())
     return tables

@@ -61,7 +61,7 @@ def make(arm, command, seed):
     else:
         for part in for_seed(command, seed).split(" && "):
             call(part + " --overwrite" * (" --out " in part))
-    call(f"python eval.py {out} {'' if arm.startswith('parity') else '--data arithmetic '}--json {out}/eval.new")
+    call(f"python eval.py {out} {'--data arithmetic ' * ('shortest' in command)}--json {out}/eval.new")
     (out / "eval.new").rename(out / "eval.json")
 
 

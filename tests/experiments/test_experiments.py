@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +10,21 @@ from xml.etree import ElementTree
 
 import anatomy
 import arms
+import careful
 import pages
+import products
 import pytest
 import results
 import run
-from rollout import Problem, Rollout
+import sft
+from eval import first_results
+from rollout import Problem, Rollout, load_problems
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 TITLES = [*results.TABLES, *results.HYPOTHESIS, results.HINDSIGHT, results.CONTRASTS, results.KEPT,
-    results.EACH_SEED, results.EACH_PARITY, results.ANATOMY]
+    results.EACH_SEED, results.EACH_PARITY, results.NEED, results.HARD, results.EACH_HARD,
+    results.ANATOMY]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,6 +54,7 @@ def test_every_arm_of_a_table_has_a_command_that_can_be_run():
     shown = {arm for _, names in results.TABLES.values() for arm in names}
     shown |= {f"{start}-{context}-{kept}" for start in results.HYPOTHESIS.values() for context in arms.CONTEXTS
         for kept in arms.FILTERS}
+    shown |= {*results.CAREFUL, *results.PRODUCTS}
     shown |= {arm for pair in results.PAIRS for arm in pair} | {arm for arm, *_ in results.WHICH}
     assert shown <= commands.keys()
     assert commands["sft"] == "python sft.py" and commands["rlvr"] == "python rlvr.py --init ckpt/sft"
@@ -128,12 +135,32 @@ def test_an_interrupted_arm_goes_on_from_its_save(tmp_path, monkeypatch):
     Path("ckpt/seed2/a").mkdir(parents=True)
     run.make("a", "python opsd.py --init ckpt/rlvr --out ckpt/a", 2)
     assert calls == ["python opsd.py --init ckpt/seed2/rlvr --out ckpt/seed2/a --seed 2 --overwrite",
-        "python eval.py ckpt/seed2/a --data arithmetic --json ckpt/seed2/a/eval.new"]
+        "python eval.py ckpt/seed2/a --json ckpt/seed2/a/eval.new"]
     assert run.done(Path("ckpt/seed2/a"))
     Path("ckpt/seed2/a/trainer_state.pt").touch()
     calls.clear()
     run.make("a", "python opsd.py --init ckpt/rlvr --out ckpt/a", 2)
     assert calls[0] == "python opsd.py --resume --out ckpt/seed2/a"
+
+
+def test_each_arm_is_judged_on_the_problems_of_its_world(tmp_path, monkeypatch):
+    """eval.py takes the data that a checkpoint was trained on. For the shortest responses that is a file of training
+    problems: they are no test."""
+    monkeypatch.chdir(tmp_path)
+    judged = {}
+
+    def call(command):
+        if "--json" in command:
+            path = Path(command.split()[-1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+            judged[path.parent.name] = "--data arithmetic " in command
+
+    monkeypatch.setattr(run, "call", call)
+    for arm, command in arms.commands().items():
+        run.make(arm, command, 0)
+    assert judged.keys() == arms.commands().keys()
+    assert [arm for arm, given in judged.items() if given] == ["shortest-sft"]
 
 
 def test_links_commands_and_lines_of_the_page():
@@ -200,6 +227,72 @@ def test_the_table_of_contexts_by_hand():
         "| 0.200 | 10.0 |")
     assert incorrect.startswith("| answer | incorrect | 79.0 | -1.0 | -40.0 |")
     assert results.by_context([{}], "a") == results.NOT_RUN
+
+
+def test_the_table_of_needed_checks_by_hand():
+    """One seed: of 100 first results 20 are slips, of which 10 are mended and 6 checked: 80 %. Of the 80 right ones
+    20 are checked: 25 %. After it half the slips, 1 of 10 checked, and 9 of the 90 right ones."""
+    start = {"first_results": 100, "slips": 20, "mended": 10, "checked": 6, "right_checked": 20}
+    after = {"first_results": 100, "slips": 10, "mended": 1, "checked": 0, "right_checked": 9}
+    runs = [{"start": {"accuracy": 0.8, "length": 50, "slips": start},
+        "arm": {"accuracy": 0.75, "length": 40, "slips": after}}]
+    assert results.by_need(runs, "start", ["start", "arm", "absent"]).splitlines()[2:] == [
+        "| start | 80.0 |  |  | 20.0 | 80.0 | 25.0 |", "| arm | 75.0 | -5.0 | -20.0 | 10.0 | 10.0 | 10.0 |"]
+    assert results.by_need(runs, "start", ["absent"]) == results.NOT_RUN
+
+
+def test_a_careful_writer_checks_where_slips_are():
+    """2,000 chains of `5*4=20. 20+3=23.`: 30 % slips at the product, 3 % at the sum; 80 and 30 % are checked. A check
+    is right: it mends. Told to be concise: slips as ever, 5 % checked. Told the solution: no slip."""
+    problem = Problem("Compute 5*4+3.", "23", "5*4=20. 20+3=23.")
+
+    def rates(context):
+        rng = random.Random(0)
+        texts = [careful.demonstrate(problem, rng, context) for _ in range(2000)]
+        assert all("Wait" not in text or " ok." in text or " no." in text for text in texts)
+        products, sums = zip(*[first_results(text, problem.problem)[:2] for text in texts])
+        return [(sum(slip for slip, _ in step) / 2000, sum(fate != "neither" for _, fate in step) / 2000)
+            for step in (products, sums)]
+
+    assert rates(None) == [pytest.approx((0.3, 0.8), abs=0.03), pytest.approx((0.03, 0.3), abs=0.03)]
+    assert rates("concise") == [pytest.approx((0.3, 0.05), abs=0.03), pytest.approx((0.03, 0.05), abs=0.03)]
+    assert rates("solution") == [pytest.approx((0, 0.05), abs=0.02), pytest.approx((0, 0.05), abs=0.02)]
+
+
+def test_the_careful_writer_is_sft_s_only_while_it_runs(monkeypatch):
+    """run.py trains all arms in one process: the next sft.py has its own writer again."""
+    own, seen = sft.demonstrate_arithmetic, []
+    monkeypatch.setattr(sft, "main", lambda: seen.append(sft.demonstrate_arithmetic))
+    careful.main()
+    assert seen == [careful.demonstrate] and sft.demonstrate_arithmetic is own
+
+
+def test_the_table_of_hard_steps_by_hand():
+    """Two seeds, accuracy 50 -> 40 % and 60 -> 30 %: -10 and -30 points. pass@4 80 -> 84 and 90 -> 98 %: +4 and +8.
+    t(1) = 12.706: half the interval is 12.706 times half the difference of the two."""
+    runs = [{"start": {"accuracy": 0.5, "pass_at_k": 0.8}, "arm": {"accuracy": 0.4, "pass_at_k": 0.84}},
+        {"start": {"accuracy": 0.6, "pass_at_k": 0.9}, "arm": {"accuracy": 0.3, "pass_at_k": 0.98}}]
+    start, arm = results.with_pass_at_4(runs, "start", ["start", "arm", "absent"]).splitlines()[2:]
+    assert start == "| start | 55.0 ± 63.5 |  | 85.0 ± 63.5 |  |"
+    assert arm == "| arm | 35.0 ± 63.5 | -20.0 ± 127.1 | 91.0 ± 88.9 | +6.0 ± 25.4 |"
+    assert results.with_pass_at_4(runs, "start", ["absent"]) == results.NOT_RUN
+
+
+def test_products_are_right_and_the_same_each_time(tmp_path, monkeypatch):
+    """The answer is what the problem's own text gives, and where the solution ends. Every seed trains on one file."""
+    made = []
+    for name in ["a", "b"]:
+        path = tmp_path / name / "products.jsonl"
+        monkeypatch.setattr("sys.argv", ["products.py", str(path)])
+        products.main()
+        made.append(path.read_text())
+    assert made[0] == made[1]
+    train, held_out = load_problems(str(path))
+    assert len(train) > 10_000 and len(held_out) > 400
+    for p in train[:100]:
+        a, b, c = map(int, re.fullmatch(r"Compute (\d+)\*(\d+)\+(\d+)\.", p.problem).groups())
+        assert p.answer == str(a * b + c) and p.solution == f"{a}*{b}={a * b}. {a * b}+{c}={p.answer}."
+        assert a > 11 and b > 2
 
 
 def test_an_arm_that_a_seed_lacks_is_no_row(tmp_path):
