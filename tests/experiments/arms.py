@@ -66,6 +66,7 @@ GROUPS = {  # name -> commands, in the order in which they are run
         python tests/experiments/products.py ckpt/products.jsonl && python sft.py --init ckpt/sft --data ckpt/products.jsonl --steps 1800 --lr 1e-3 --out ckpt/products-sft
         python rlvr.py --init ckpt/products-sft --steps 15 --out ckpt/products-rlvr""",
     "products": f"""
+        {grid("products", f"--init ckpt/products-rlvr {BRIEF}", ["none"], ["all"])}
         {grid("products", f"--init ckpt/products-rlvr {BRIEF}", ["answer", "solution"], BOTH)}
         {grid("gentle", f"--init ckpt/products-rlvr {GENTLE}", ["answer", "solution"], BOTH)}""",
     "careful-start": """

@@ -27,8 +27,9 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 PARITY = ["parity-sft", "parity-rlvr", "parity-answer-correct", "parity-answer-incorrect",
     "parity-solution-correct", "parity-solution-incorrect"]
-PRODUCTS = ["products-sft", "products-rlvr", *[f"{steps}-{context}-{kept}" for steps in ("products", "gentle")
-    for context in ("answer", "solution") for kept in arms.BOTH]]
+PRODUCTS = ["products-sft", "products-rlvr", "products-none-all",
+    *[f"{steps}-{context}-{kept}" for steps in ("products", "gentle") for context in ("answer", "solution")
+        for kept in arms.BOTH]]
 CAREFUL = ["careful-sft", "careful-rlvr", *[f"careful-{context}-{kept}" for context in ("concise", "solution")
     for kept in arms.BOTH]]
 TABLES = {  # title -> the arm that changes are against, and the arms
@@ -61,6 +62,8 @@ PAIRS = [("only-incorrect", "only-correct"), ("rlvr-solution-incorrect", "rlvr-s
         "products-answer", "products-solution", "gentle-answer", "gentle-solution", "careful-concise",
         "careful-solution", *arms.SEARCH]],
     *[(name, "rlvr-solution-correct") for name in TABLES["Controls"][1][1:]],
+    *[(f"products-{name}", "products-none-all") for name in ("answer-correct", "solution-correct",
+        "answer-incorrect", "solution-incorrect")],
     ("refresh-1", "frozen-100"), ("ema", "frozen-100"), ("only-correct", "sft-opsd")]
 
 NEED = "Checks that are needed, and checks that are not"
