@@ -68,6 +68,7 @@ GROUPS = {  # name -> commands, in the order in which they are run
     "products": f"""
         {grid("products", f"--init ckpt/products-rlvr {BRIEF}", ["none"], ["all"])}
         {grid("products", f"--init ckpt/products-rlvr {BRIEF}", ["answer", "solution"], BOTH)}
+        {grid("gentle", f"--init ckpt/products-rlvr {GENTLE}", ["none"], ["all"])}
         {grid("gentle", f"--init ckpt/products-rlvr {GENTLE}", ["answer", "solution"], BOTH)}""",
     "careful-start": """
         python tests/experiments/careful.py --init ckpt/sft --steps 500 --lr 1e-3 --out ckpt/careful-sft

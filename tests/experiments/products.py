@@ -1,9 +1,10 @@
-"""Writes problems with a step that the small model cannot do in its head: `Compute 47*8+31.`
+"""Writes problems with a large product: `Compute 47*8+31.`
 
     python tests/experiments/products.py ckpt/products.jsonl
 
 20,000 problems A*B+C, with A and C in 12..99 and B in 3..12. Their solutions are `47*8=376. 376+31=407.`, with no
-slip and no check. The built-in world never multiplies such numbers, and has no value above 99.
+slip and no check. The built-in world multiplies by 2 to 4 only, and has no value above 99: a model that was trained
+there has to learn these products by heart.
 """
 
 import argparse

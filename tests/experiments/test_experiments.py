@@ -23,7 +23,7 @@ from rollout import Problem, Rollout, load_problems
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 TITLES = [*results.TABLES, *results.HYPOTHESIS, results.HINDSIGHT, results.CONTRASTS, results.KEPT,
-    results.EACH_SEED, results.EACH_PARITY, results.NEED, results.HARD, results.EACH_HARD,
+    results.EACH_SEED, results.EACH_PARITY, results.NEED, results.BY_HEART, results.EACH_BY_HEART,
     results.ANATOMY]
 
 
@@ -267,7 +267,7 @@ def test_the_careful_writer_is_sft_s_only_while_it_runs(monkeypatch):
     assert seen == [careful.demonstrate] and sft.demonstrate_arithmetic is own
 
 
-def test_the_table_of_hard_steps_by_hand():
+def test_the_table_with_pass_at_4_by_hand():
     """Two seeds, accuracy 50 -> 40 % and 60 -> 30 %: -10 and -30 points. pass@4 80 -> 84 and 90 -> 98 %: +4 and +8.
     t(1) = 12.706: half the interval is 12.706 times half the difference of the two."""
     runs = [{"start": {"accuracy": 0.5, "pass_at_k": 0.8}, "arm": {"accuracy": 0.4, "pass_at_k": 0.84}},
