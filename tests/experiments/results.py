@@ -221,37 +221,37 @@ def how_to_make_contexts(start):
     return "\n".join(["How to make each arm:", "", "```bash", *lines, "done", "```"])
 
 
+def markdown(titles, rows):
+    """A Markdown table. titles: one string, `a | b`; rows: lists of cells. Without rows, what says so."""
+    if not rows:
+        return NOT_RUN
+    return "\n".join([f"| {titles} |", "|---" * len(rows[0]) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def table(runs, base, names):
     """Markdown: each arm's accuracy, length, truncation and doubt, and its changes against `base`."""
-    lines = [f"| arm | accuracy, % | against {base}, points | length, tokens | against {base}, % "
-        "| truncated, % | doubt | box against chain, % |", "|---" * 8 + "|"]
+    made = []
     for arm in names:
-        pairs = pairs_of(runs, arm, base)
-        if not pairs:
-            continue
-        rows = [row for row, _ in pairs]
-        accuracy = cell([100 * row["accuracy"] for row in rows])
-        length = cell([row["length"] for row in rows])
-        truncated = cell([100 * row["truncated"] for row in rows])
-        doubt = sum(row["doubt"] for row in rows) / len(rows)
-        accuracy_change = length_change = ""
-        if arm != base:
-            accuracy_change, length_change = changes(pairs)
-        lines.append(f"| {arm} | {accuracy} | {accuracy_change} | {length} | {length_change} "
-            f"| {truncated} | {doubt:.2f} | {against_chain(rows)} |")
-    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+        if pairs := pairs_of(runs, arm, base):
+            rows = [row for row, _ in pairs]
+            accuracy_change, length_change = changes(pairs) if arm != base else ["", ""]
+            made.append([arm, cell([100 * row["accuracy"] for row in rows]), accuracy_change,
+                cell([row["length"] for row in rows]), length_change, cell([100 * row["truncated"] for row in rows]),
+                f"{fmean(row['doubt'] for row in rows):.2f}", against_chain(rows)])
+    return markdown(f"arm | accuracy, % | against {base}, points | length, tokens | against {base}, % | truncated, % "
+        "| doubt | box against chain, %", made)
 
 
 def with_pass_at_4(runs, base, names):
     """Markdown: each arm's accuracy and pass@4, and their changes against `base`."""
-    lines = [f"| arm | accuracy, % | against {base}, points | pass@4, % | against {base}, points |", "|---" * 5 + "|"]
+    made = []
     for arm in names:
         if pairs := pairs_of(runs, arm, base):
             cells = [arm]
             for key in ["accuracy", "pass_at_k"]:
                 cells += [cell([100 * row[key] for row, _ in pairs]), cell(points(pairs, key), "+") * (arm != base)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+            made.append(cells)
+    return markdown(f"arm | accuracy, % | against {base}, points | pass@4, % | against {base}, points", made)
 
 
 def against_chain(rows):
@@ -268,24 +268,22 @@ def slip_cells(rows):
 
 def by_need(runs, base, names):
     """Markdown: accuracy and length, slips, and how often a slip and a right result are checked."""
-    lines = [f"| arm | accuracy, % | against {base}, points | against {base}, length, % | slips, % "
-        "| of them checked, % | of the right ones, % |", "|---" * 7 + "|"]
+    made = []
     for arm in names:
         if pairs := pairs_of(runs, arm, base):
             rows = [row for row, _ in pairs]
             found = [row["slips"] for row in rows]
             right = [100 * s["right_checked"] / (s["first_results"] - s["slips"]) for s in found]
-            cells = [arm, cell([100 * row["accuracy"] for row in rows]), *(changes(pairs) if arm != base else ["", ""]),
-                *slip_cells(rows), cell(right)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+            made.append([arm, cell([100 * row["accuracy"] for row in rows]),
+                *(changes(pairs) if arm != base else ["", ""]), *slip_cells(rows), cell(right)])
+    return markdown(f"arm | accuracy, % | against {base}, points | against {base}, length, % | slips, % "
+        "| of them checked, % | of the right ones, %", made)
 
 
 def by_context(runs, start):
     """Markdown: all contexts and filters from one start, at equal budgets. Entropy and forks are those of the
     student's correct rollouts in training; the start's are those of the first step."""
-    lines = [f"| context | rollouts | accuracy, % | against {start}, points | length, % | slips, % | of them checked, % "
-        "| entropy, nats | forks, % |", "|---" * 9 + "|"]
+    made = []
     first = f"{start}-solution-correct"  # any arm would do: what its first step measured is the start
     for context in ["", "none", *arms.CONTEXTS]:
         for kept in arms.FILTERS:
@@ -296,23 +294,19 @@ def by_context(runs, start):
             rows = [run[arm] for run in some]
             measured = [run[arm]["last_10"] if context else run[first]["first"] for run in some]
             pairs = pairs_of(some, arm, start)
-            cells = [context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
+            made.append([context or "the start", kept if context else "", cell([100 * row["accuracy"] for row in rows]),
                 *(changes(pairs) if context else ["", ""]), *slip_cells(rows),
                 f"{fmean(m['entropy_correct'] for m in measured):.3f}",
-                f"{100 * fmean(m['forks_correct'] for m in measured):.1f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+                f"{100 * fmean(m['forks_correct'] for m in measured):.1f}"])
+    return markdown(f"context | rollouts | accuracy, % | against {start}, points | length, % | slips, % "
+        "| of them checked, % | entropy, nats | forks, %", made)
 
 
 def contrasts(runs, compared):
     """Markdown: one arm minus another of the same seed. What both share, such as their start, cancels."""
-    lines = ["| arm | minus | accuracy, points | length, % |", "|---|---|---|---|"]
-    for arm, other in compared:
-        pairs = pairs_of(runs, arm, other)
-        if pairs:
-            accuracy_change, length_change = changes(pairs)
-            lines.append(f"| {arm} | {other} | {accuracy_change} | {length_change} |")
-    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+    found = [(arm, other, pairs_of(runs, arm, other)) for arm, other in compared]
+    return markdown("arm | minus | accuracy, points | length, %",
+        [[arm, other, *changes(pairs)] for arm, other, pairs in found if pairs])
 
 
 def rollouts_kept(runs):

@@ -251,6 +251,7 @@ def test_a_careful_writer_checks_where_slips_are():
         texts = [careful.demonstrate(problem, rng, context) for _ in range(2000)]
         assert all("Wait" not in text or " ok." in text or " no." in text for text in texts)
         products, sums = zip(*[first_results(text, problem.problem)[:2] for text in texts])
+        assert (True, "checked") not in products + sums
         return [(sum(slip for slip, _ in step) / 2000, sum(fate != "neither" for _, fate in step) / 2000)
             for step in (products, sums)]
 
